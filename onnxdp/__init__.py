@@ -1,0 +1,1 @@
+"""onnxdp: trained ONNX models made much smaller, run by stock ONNX Runtime."""

@@ -1,0 +1,333 @@
+"""The values that travel between the rooms: frozen, plain, comparable, and versioned when written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxdp.errors import PlanError
+
+Array: TypeAlias = npt.NDArray[Any]
+Param: TypeAlias = int | float | str
+Params: TypeAlias = Mapping[str, Param]
+
+SCHEMA = 1
+"""Version of the JSON of :class:`Plan` and :class:`Report`; a newer one is refused by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One stored weight and the matrix that its readers multiply by.
+
+    The stored tensor, reshaped, is a matrix per group: ``(groups, outputs, inputs)`` where ``transposed``
+    (Conv, Gemm with transB, the left operand of a MatMul), ``(inputs, outputs)`` otherwise.
+
+    Attributes
+    ----------
+    name : str
+        Name of the initializer (of the output, for a Constant node); made unique across subgraphs.
+    op : str
+        Operator type of the readers: ``Conv``, ``Gemm``, ``MatMul``, ``LSTM``, ``Gather``, ...
+    nodes : tuple of str
+        Names of all readers (``OpType#index`` where a node has no name).
+    shape : tuple of int
+        As stored.
+    dtype : str
+        NumPy name of the stored type: ``float32``, ``float16``, ``float64``, ``bfloat16``.
+    nbytes : int
+        Stored bytes.
+    inputs, outputs : int
+        Rows (inputs, per group) and columns (outputs, per group) of the matrix W of ``y = x W``.
+    groups : int
+        Convolution groups; 1 elsewhere.
+    tap : int
+        Consecutive rows that belong to one input channel (``kh * kw`` of a Conv, else 1).
+    transposed : bool
+        Whether the stored orientation is (outputs, inputs).
+    positions : int
+        Output positions of one sample that this weight multiplies, over all readers; 0 when not known.
+    """
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    inputs: int
+    outputs: int
+    groups: int = 1
+    tap: int = 1
+    transposed: bool = False
+    positions: int = 0
+
+    @property
+    def size(self) -> int:
+        """Numbers stored."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def channels(self) -> int:
+        """Input channels per group."""
+        return self.inputs // self.tap
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to store one weight, and what it costs.
+
+    Attributes
+    ----------
+    weight, method : str
+        Names of the weight and of the method.
+    params : mapping of str to int, float or str
+        The method's own parameters, enough to encode again.
+    nbytes : int
+        Bytes of the initializers that it stores.
+    error : float
+        ``||X (W - W')||_F / ||X W||_F`` with X the weight's probe inputs, ``||W - W'|| / ||W||`` without.
+    damage : float or None
+        Relative squared error it causes at the network's outputs; None until measured.
+    """
+
+    weight: str
+    method: str
+    params: Params
+    nbytes: int
+    error: float
+    damage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A weight that stays as it was, and why."""
+
+    weight: str
+    reason: str
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What becomes of every weight of one model.
+
+    Attributes
+    ----------
+    model_sha256 : str
+        Of the model file and the external data it names.
+    target : str
+        As asked: ``ratio 3``, ``size 3000000``, ``max-error 0.03``.
+    budget : int or None
+        Bytes that the whole file may have; None where an error was asked for.
+    settings : mapping
+        The settings that encoding depends on (seed, solver, ...).
+    choices : tuple of Candidate
+    kept : tuple of Kept
+    schema : int
+    """
+
+    model_sha256: str
+    target: str
+    budget: int | None
+    settings: Mapping[str, Any]
+    choices: tuple[Candidate, ...]
+    kept: tuple[Kept, ...]
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Give the plan as JSON text."""
+        return json.dumps(to_plain(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; anything that does not mean exactly one plan is refused.
+
+        Raises
+        ------
+        PlanError
+            Not JSON, another schema, a missing or unknown field, or a value of the wrong type.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as e:
+            raise PlanError(f"The plan is not JSON ({e}); write it again with 'onnxdp plan'.") from e
+        if not isinstance(raw, dict):
+            raise PlanError("The plan is not a JSON object; write it again with 'onnxdp plan'.")
+        if raw.get("schema") != SCHEMA:
+            raise PlanError(
+                f"The plan has schema {raw.get('schema')!r} and this onnxdp reads schema {SCHEMA}; "
+                "write it again with 'onnxdp plan'."
+            )
+        plan = _read(cls, raw, "plan")
+        names = [c.weight for c in plan.choices]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise PlanError(f"The plan names {twice[0]!r} twice; leave one of the two choices.")
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One weight in its new form, as host arrays.
+
+    ``arrays`` maps a role (``atoms``, ``codes``, ``values``) to an array; ``shared`` maps a role to the name
+    under which several weights store that array once.
+    """
+
+    weight: str
+    method: str
+    params: Params
+    arrays: Mapping[str, Array]
+    error: float
+    shared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDifference:
+    """How one output of B differs from A's.
+
+    ``relative`` is ``||a - b|| / ||a||`` over all samples; ``same_argmax`` the share of rows (last axis) whose
+    largest entry stands at the same place, None where the last axis has one entry.
+    """
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    relative: float
+    same_argmax: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Outputs of two models compared on the same samples."""
+
+    samples: int
+    seed: int | None
+    outputs: tuple[OutputDifference, ...]
+    tolerance: float | None
+    passed: bool
+
+    @property
+    def error(self) -> float:
+        """Largest relative error over the outputs (0 without a floating-point output)."""
+        return max((o.relative for o in self.outputs), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A model on disk (or in memory: path None); ``nbytes`` counts external data."""
+
+    path: str | None
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One weight's line of the report."""
+
+    weight: str
+    op: str
+    shape: tuple[int, ...]
+    method: str
+    params: Params
+    before: int
+    after: int
+    error: float
+    damage: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that one run did."""
+
+    source: File
+    target: File
+    plan: Plan
+    lines: tuple[Line, ...]
+    verification: Verification | None
+    latency_ratio: float | None
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    device: str
+    notices: tuple[str, ...] = ()
+    dry_run: bool = False
+    schema: int = SCHEMA
+
+    @property
+    def ratio(self) -> float:
+        """Bytes before over bytes after, whole files."""
+        return self.source.nbytes / self.target.nbytes
+
+    def to_json(self) -> str:
+        """Give the report as JSON text."""
+        return json.dumps({**to_plain(self), "ratio": self.ratio}, indent=1)
+
+
+def to_plain(value: Any) -> Any:
+    """Turn records, mappings and tuples into what ``json.dumps`` takes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _read(cls: Any, raw: Any, where: str) -> Any:
+    """Build a record of this module from plain JSON, refusing what does not fit."""
+    if not isinstance(raw, dict):
+        raise PlanError(f"{where} should be a JSON object and is {raw!r}; write the plan again with 'onnxdp plan'.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(raw) - set(fields))
+    if unknown:
+        raise PlanError(f"{where} has an unknown field {unknown[0]!r}; remove it or correct its spelling.")
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        if name not in raw:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise PlanError(f"{where} lacks the field {name!r}; write the plan again with 'onnxdp plan'.")
+            continue
+        values[name] = _field(str(f.type), raw[name], f"{where}.{name}")
+    return cls(**values)
+
+
+def _field(kind: str, value: Any, where: str) -> Any:
+    """Check one JSON value against the annotation ``kind``."""
+    wrong = PlanError(f"{where} is {value!r}, which is not of the kind {kind}; correct it by hand.")
+    if kind.startswith("tuple["):
+        if not isinstance(value, list):
+            raise wrong
+        record = {"tuple[Candidate, ...]": Candidate, "tuple[Kept, ...]": Kept}[kind]
+        return tuple(_read(record, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind.startswith(("Params", "Mapping")):
+        plain = (int, float, str) if kind == "Params" else (int, float, str, type(None), list)
+        if not isinstance(value, dict) or any(isinstance(v, bool) and kind == "Params" for v in value.values()):
+            raise wrong
+        if not all(isinstance(v, plain) for v in value.values()):
+            raise wrong
+        return value
+    if value is None:
+        if "None" not in kind:
+            raise wrong
+        return None
+    kinds = {"str": str, "int": int, "float": (int, float)}[kind.split(" |")[0]]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise wrong
+    return float(value) if kind.startswith("float") else value

@@ -1,0 +1,151 @@
+"""Every choice a user can make: its default, its check and the sentence that explains it.
+
+The command line reads its help from here, so that a default stands in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxdp.errors import UsageError
+
+DEFAULT_MAX_ERROR = 0.03
+SOLVERS = ("exact", "randomized", "dpl")
+DEVICES = ("auto", "cpu", "cuda")
+FACTOR_DTYPES = ("float16", "float32")
+
+
+def _setting(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the user asked for; ``None`` means the default.
+
+    Raises
+    ------
+    UsageError
+        A value has no meaning, or more than one target is given.
+    """
+
+    ratio: float | None = _setting(None, "Make the whole file this many times smaller (original / compressed bytes).")
+    size: str | None = _setting(None, "Make the file at most this large: 3MB, 800kB, 120000 (bytes) or 30%.")
+    max_error: float | None = _setting(
+        None, f"Largest relative error of the outputs on probe inputs; {DEFAULT_MAX_ERROR} when no target is given."
+    )
+    method: str = _setting("auto", "How weights are stored: auto (the best of what is built), dp, or a plug-in's name.")
+    solver: str = _setting("exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration).")
+    partition: str = _setting("auto", "Cut weights into blocks: auto, none, or the rows of a block (the paper: 288).")
+    atoms: int | None = _setting(None, "Fixed number of atoms of every dictionary, instead of one planned per weight.")
+    iterations: int = _setting(20, "Rounds of the dpl solver; power iterations of the randomized one are 2.")
+    factor_dtype: str = _setting("float16", "Type the factors are stored in: float16 or float32.")
+    shared: bool | None = _setting(None, "Let weights with equal input rows share one dictionary; default: where it pays.")
+    unweighted: bool = _setting(False, "Fit weights in the papers' plain norm instead of on what the probes show them.")
+    include: tuple[str, ...] = _setting((), "Only these weights: weight or node names, globs, re:PATTERN, operator types.")
+    exclude: tuple[str, ...] = _setting((), "Not these weights; patterns as for --include.")
+    inputs: Path | None = _setting(None, "Sample inputs (.npz, keys = input names) instead of made-up probe inputs.")
+    samples: int | None = _setting(None, "Number of probe inputs; default: by the cost of one run of the network.")
+    freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
+    device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
+    seed: int = _setting(0, "Seed of every random choice.")
+
+    def __post_init__(self) -> None:
+        targets = [n for n in ("ratio", "size", "max_error") if getattr(self, n) is not None]
+        if len(targets) > 1:
+            raise UsageError(
+                f"--{targets[0].replace('_', '-')} and --{targets[1].replace('_', '-')} are two targets; give one."
+            )
+        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise UsageError(
+                f"--ratio is original / compressed size and must be above 1, not {self.ratio:g}; "
+                "ask for 4 to make a file a quarter."
+            )
+        if self.max_error is not None and not (math.isfinite(self.max_error) and 0 < self.max_error < 1):
+            raise UsageError(f"--max-error is a relative error between 0 and 1, not {self.max_error:g}; try 0.03.")
+        if self.size is not None:
+            parse_size(self.size, 1)
+        _one_of("--solver", self.solver, SOLVERS)
+        _one_of("--device", self.device, DEVICES)
+        _one_of("--factor-dtype", self.factor_dtype, FACTOR_DTYPES)
+        self.partition_rows()
+        for name, least in (("atoms", 1), ("iterations", 1), ("samples", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name} must be at least {least}, not {value}.")
+
+    def partition_rows(self) -> int | None:
+        """Rows of a block; 0 for no partition, None for automatic."""
+        if self.partition == "auto":
+            return None
+        if self.partition == "none":
+            return 0
+        if self.partition.isascii() and self.partition.isdigit() and int(self.partition) > 0:
+            return int(self.partition)
+        raise UsageError(f"--partition is auto, none or a number of rows, not {self.partition!r}; the paper uses 288.")
+
+    def budget(self, nbytes: int) -> int | None:
+        """Bytes that a file of ``nbytes`` bytes may have afterwards; None where an error is the target.
+
+        Here ratio and size end; below, only bytes travel.
+        """
+        if self.ratio is not None:
+            return math.floor(nbytes / self.ratio)
+        if self.size is not None:
+            return parse_size(self.size, nbytes)
+        return None
+
+    @property
+    def error_target(self) -> float | None:
+        """Relative output error asked for (amplitude); None where bytes are the target."""
+        if self.ratio is None and self.size is None:
+            return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
+        return None
+
+    @property
+    def target(self) -> str:
+        """The target as one phrase, for the record."""
+        if self.ratio is not None:
+            return f"ratio {self.ratio:g}"
+        if self.size is not None:
+            return f"size {self.size}"
+        return f"max-error {self.error_target:g}"
+
+
+def parse_size(text: str, nbytes: int) -> int:
+    """Bytes meant by ``3MB``, ``1.5 kB``, ``120000`` or ``30%`` of ``nbytes``; MB = 10^6, MiB = 2^20 bytes.
+
+    Raises
+    ------
+    UsageError
+        The text is no size, or not above 0.
+    """
+    units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "%": nbytes / 100}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in units or float(found[1]) <= 0:
+        raise UsageError(f"--size {text!r} is no size; give bytes (120000, 800kB, 3MB) or a share of the file (30%).")
+    return math.floor(float(found[1]) * units[found[2].lower()])
+
+
+def help_of(name: str) -> str:
+    """Return the sentence that explains a setting."""
+    return str(next(f for f in dataclasses.fields(Settings) if f.name == name).metadata["help"])
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{option} is one of {', '.join(allowed)}, not {value!r}.")
+
+
+Progress = Callable[[str, int, int, str], None]
+"""Called as ``progress(stage, done, total, name)``; ``name`` is the weight at hand."""
+
+
+def silent(stage: str, done: int, total: int, name: str) -> None:
+    """Report progress to nobody."""
