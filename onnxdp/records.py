@@ -277,6 +277,104 @@ class Report:
         return json.dumps({**to_plain(self), "ratio": self.ratio}, indent=1)
 
 
+@dataclass(frozen=True, slots=True)
+class InspectedWeight:
+    """One weight of a file, as :func:`onnxdp.inspect` sees it.
+
+    Attributes
+    ----------
+    share : float
+        Its bytes over the bytes of the whole file.
+    compressible : float or None
+        Share of the bytes that hold 99 % of its energy as factors, 1 where factors do not pay; None where it
+        was not looked at.
+    reason : str or None
+        Why it is left alone; None where it can be compressed.
+    """
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    share: float
+    compressible: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a model file consists of; ``other_bytes`` is all that is no weight."""
+
+    file: File
+    rows: tuple[InspectedWeight, ...]
+    other_bytes: int
+    producer: str
+    opset: int
+    ir_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """What one model costs to store, load and run; every ratio is to the first model's figure.
+
+    Attributes
+    ----------
+    nbytes : int
+        Stored bytes, external data included.
+    load_seconds : float
+        Making the session in a fresh process, median.
+    latency : tuple of float
+        Least, median and largest seconds of one run, models taking turns.
+    latency_ratio : float
+        Median of the ratios within each turn, which is steadier than the ratio of the medians.
+    peak_memory_bytes : int or None
+        Of a process that loads the model and runs it once; None where the system does not tell.
+    """
+
+    path: str
+    nbytes: int
+    load_seconds: float
+    latency: tuple[float, float, float]
+    peak_memory_bytes: int | None
+    nbytes_ratio: float
+    load_ratio: float
+    latency_ratio: float
+    peak_memory_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What is installed, on which machine, and what of one model would be skipped.
+
+    Attributes
+    ----------
+    versions : mapping of str to str or None
+        By distribution; None where it is not installed.
+    providers : tuple of str
+        Execution providers of ONNX Runtime, best first; empty without it.
+    onnxruntime_packages : tuple of str
+        Distributions that provide the module ``onnxruntime``; two of them overwrite each other.
+    cupy_device : str or None
+        Name of the CUDA device that CuPy works on.
+    cupy_reason : str or None
+        Why there is none.
+    memory_bytes : int or None
+        Memory that this process may use.
+    """
+
+    versions: Mapping[str, str | None]
+    providers: tuple[str, ...]
+    onnxruntime_packages: tuple[str, ...]
+    cupy_device: str | None
+    cupy_reason: str | None
+    cores: int
+    memory_bytes: int | None
+    notices: tuple[str, ...] = ()
+    inspection: Inspection | None = None
+
+
 def to_plain(value: Any) -> Any:
     """Turn records, mappings and tuples into what ``json.dumps`` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,0 +1,5 @@
+"""``python -m onnxdp`` is ``onnxdp``."""
+
+from onnxdp.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""The array boundary: NumPy or CuPy, to the device and back, seeded numbers, the few gaps of the standard.
+
+This is the only room that imports CuPy, and it does so late. Everything numeric is written once against the
+array API standard (https://data-apis.org/array-api), with the namespace taken from the arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+import threadpoolctl
+
+from onnxdp.errors import SetupError
+
+Array: TypeAlias = Any
+"""An array of any namespace of the standard; no static type spans NumPy, CuPy and array_api_strict."""
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def namespace(*arrays: Array) -> Any:
+    """Return the array API namespace that the arrays share."""
+    return array_api_compat.array_namespace(*arrays)
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into the device to use, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    SetupError
+        If ``cuda`` is asked for and CuPy or a CUDA device is missing, or the name is unknown.
+    """
+    if name not in DEVICES:
+        raise SetupError(f"device {name!r} is unknown; use one of {', '.join(DEVICES)}.")
+    if name == "cpu":
+        return "cpu"
+    missing = _missing_cuda()
+    if missing is None:
+        return "cuda"
+    if name == "auto":
+        return "cpu"
+    raise SetupError(
+        f"--device cuda cannot be used because {missing}; install the gpu extra "
+        "(pip install 'onnxdp[gpu]') on a machine with a CUDA device, or use --device cpu."
+    )
+
+
+def to_device(host: np.ndarray[Any, Any], device: str) -> Array:
+    """Move a host array to ``cpu`` (no copy) or ``cuda``."""
+    return host if device == "cpu" else _cupy().asarray(host)
+
+
+def to_host(array: Array) -> np.ndarray[Any, Any]:
+    """Bring an array of any namespace to the host (no copy if it is there already)."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array_api_compat.is_cupy_array(array):
+        return np.asarray(array.get())
+    # array_api_strict refuses NumPy on its pretended devices, so move to the CPU first.
+    return np.asarray(array_api_compat.to_device(array, namespace(array).Device("CPU_DEVICE")))
+
+
+def normal(shape: tuple[int, ...], seed: int, like: Array) -> Array:
+    """Draw standard normal numbers, the same for a seed on every device.
+
+    Returns
+    -------
+    array of the given shape, with the namespace, device and dtype of `like`.
+    """
+    xp = namespace(like)
+    host = np.random.default_rng(seed).standard_normal(shape).astype(str(like.dtype).rpartition(".")[2])
+    return xp.asarray(host, device=array_api_compat.device(like))
+
+
+def eye(size: int, like: Array) -> Array:
+    """Return the identity (size, size), float64, on the device of `like`."""
+    xp = namespace(like)
+    return xp.eye(size, dtype=xp.float64, device=array_api_compat.device(like))
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Return float64 zeros of a shape on the device of `like`."""
+    xp = namespace(like)
+    return xp.zeros(shape, dtype=xp.float64, device=array_api_compat.device(like))
+
+
+def double(array: Array) -> Array:
+    """Return the array in float64 (itself if it is)."""
+    xp = namespace(array)
+    return xp.astype(array, xp.float64, copy=False)
+
+
+def try_cholesky(matrix: Array) -> Array | None:
+    """Return the lower Cholesky factor of (..., k, k), or None where one does not exist.
+
+    The standard leaves failure open: NumPy raises, CuPy returns NaN.
+    """
+    xp = namespace(matrix)
+    try:
+        factor = xp.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS to one thread: its results differ in the last bits between one thread and two.
+
+    The limit is the whole process's; layers are solved side by side in a thread pool inside it instead.
+    """
+    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
+def _cupy() -> Any:
+    return importlib.import_module("cupy")
+
+
+def _missing_cuda() -> str | None:
+    """Say what keeps CUDA from being used, or None."""
+    try:
+        cupy = _cupy()
+    except ImportError:
+        return "CuPy is not installed"
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+    except Exception as error:  # CuPy raises its own classes, which must not be imported here
+        return f"CUDA does not answer ({error})"
+    return None if count else "no CUDA device was found"

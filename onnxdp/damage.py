@@ -1,0 +1,189 @@
+"""Find the choice: measure where the plan goes, check the whole jointly, repair where it disagrees.
+
+A plan that trusts one or two measured ranks, extrapolated, can lose everything (prototype.md section 5). So every
+round measures, at the network's output on held-out probes, the very candidates that the current choice took, and
+chooses again, until the choice rests on measurements; then all are changed at once and compared with the sum.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from onnxdp import planner
+from onnxdp.encoding import Workshop
+from onnxdp.errors import TargetError
+from onnxdp.network import Meter
+from onnxdp.planner import Choice, Curve, Item
+from onnxdp.records import Candidate
+from onnxdp.settings import Progress
+
+ROUNDS = 6
+"""Most rounds of measuring and choosing again."""
+FREE = 1e-5
+"""Local errors whose square is below this are not worth a measurement (float16 has about 1e-7)."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Search:
+    """One analysis of a model: what weights may become, and what is known of the damage so far.
+
+    ``meter`` is None where the network cannot be run piecewise; local errors then stand for damage.
+    """
+
+    workshop: Workshop
+    meter: Meter | None
+    items: list[Item]
+    overhead: Mapping[str, int]
+    curves: dict[str, Curve]
+    progress: Progress
+
+    @classmethod
+    def of(cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress) -> Search:
+        """Start with no measurement."""
+        curves = {w.name: Curve() for w in workshop.found.weights}
+        return cls(workshop, meter, workshop.items(), overhead, curves, progress)
+
+    def within(self, budget: int) -> Choice:
+        """Return the choice of least damage within ``budget`` bytes of weights and what decodes them.
+
+        Raises
+        ------
+        TargetError
+            Not even the smallest candidates fit.
+        """
+        self._scan()
+        choice = self._choose(budget)
+        for number in range(ROUNDS):
+            if not self._measure(choice, number):
+                break
+            choice = self._choose(budget)
+        return self._repaired(choice, budget)
+
+    def _scan(self, shares: Sequence[float] = (0.75, 0.5, 0.3)) -> None:
+        """Measure each weight alone at some shares of its float16 bytes, so that every curve has a foot to stand on."""
+        if self.meter is None:
+            return
+        for done, (name, own) in enumerate((n, o) for item in self.items for n, o in item.alone.items()):
+            self.progress("measuring damage", done, len(self.curves), name)
+            if name not in self.meter.network.fed:
+                continue
+            dense = 2 * self.workshop.weights[name].size
+            inexact = [c for c in own if c.error**2 > FREE]
+            for share in shares if inexact else ():
+                c = min(inexact, key=lambda c: abs(c.nbytes - share * dense))
+                if not self.curves[name].known(c.error**2):
+                    self.curves[name].add(c.error**2, self._alone(c))
+
+    def _choose(self, budget: int) -> Choice:
+        choice = planner.choose(self.items, self.curves, budget, self.overhead)
+        if choice is None:
+            raise TargetError("out of reach")
+        return choice
+
+    def _measure(self, choice: Choice, number: int) -> int:
+        """Measure the candidates of a choice whose curves say nothing near them; returns how many."""
+        if self.meter is None:
+            return 0
+        new = [
+            c
+            for c in choice.candidates.values()
+            if c.method != planner.KEEP
+            and c.error**2 > FREE
+            and c.weight in self.meter.network.fed
+            and not self.curves[c.weight].known(c.error**2)
+        ]
+        for done, c in enumerate(new):
+            self.progress(f"measuring damage, round {number + 1}", done, len(new), c.weight)
+            self.curves[c.weight].add(c.error**2, self._alone(c))
+        return len(new)
+
+    def _alone(self, candidate: Candidate) -> float:
+        assert self.meter is not None
+        encoded = self.workshop.encode(self._with_sharers(candidate))
+        own = [e for e in encoded if e.weight == candidate.weight]
+        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own))
+
+    def _with_sharers(self, candidate: Candidate) -> list[Candidate]:
+        """Return the candidate and those that share its dictionary."""
+        if "dictionary" not in candidate.params:
+            return [candidate]
+        for item in self.items:
+            if candidate.weight in item.names:
+                for option in item.together:
+                    if candidate in option:
+                        return list(option)
+        return [candidate]
+
+    def together(self, choice: Choice) -> tuple[float, float]:
+        """Return (damage, relative output error) of a choice as a whole, measured."""
+        if self.meter is None:
+            return choice.damage, choice.damage**0.5
+        encoded = self.workshop.encode(choice.candidates.values())
+        return self.meter.together(self.workshop.fed(self.meter.network, encoded))
+
+    def _repaired(self, choice: Choice, budget: int) -> Choice:
+        """Compare the choice as a whole with the sum of its parts."""
+        damage, error = self.together(choice)
+        log.info("foreseen damage %.4g, measured together %.4g, output error %.4g", choice.damage, damage, error)
+        return choice
+
+    def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
+        """Return the candidates with the damage that their curves foresee."""
+        return tuple(
+            c if c.method == planner.KEEP else replace(c, damage=planner.foreseen(c, self.curves))
+            for c in choice.candidates.values()
+        )
+
+
+def price_for_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
+    """Return the smallest choice found whose outputs, all weights changed at once, stay within ``limit``.
+
+    Parameters
+    ----------
+    search : Search
+    limit : float
+        Relative output error (amplitude).
+    evaluations : int
+        Joint measurements to spend.
+
+    Raises
+    ------
+    TargetError
+        Not even the mildest choice stays within the limit.
+    """
+    low, high = -60.0, 0.0  # log of damage per byte
+    best: Choice | None = None
+    for number in range(evaluations):
+        middle = (low + high) / 2
+        choice = _settled(search, middle, number)
+        _, error = search.together(choice)
+        log.info("price %.3g: %d bytes, output error %.4g", middle, choice.nbytes, error)
+        if error <= limit:
+            best = choice if best is None or choice.nbytes <= best.nbytes else best
+            low = middle
+        else:
+            high = middle
+    if best is None:
+        raise TargetError("out of reach")
+    return best
+
+
+def _settled(search: Search, log_price: float, number: int) -> Choice:
+    """Choose at a price, measuring once or twice where the choice falls."""
+    import math
+
+    choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+    for _ in range(2):
+        if not search._measure(choice, number):
+            break
+        choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+    return choice
+
+
+def smallest(items: Sequence[Item], overhead: Mapping[str, int]) -> int:
+    """Bytes of the smallest choice there is."""
+    return planner.cheapest(items, overhead).nbytes

@@ -1,0 +1,223 @@
+"""The workshop: weights are solved side by side, candidates become arrays, arrays become what a session can be fed.
+
+Here the array boundary is crossed: host tensors in, one weight at a time on the device, host arrays out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from onnxdp import arrays, planner, stats, weights
+from onnxdp.errors import ModelError, PlanError
+from onnxdp.methods.form import Form, Solved, Task
+from onnxdp.network import Network, bias_input
+from onnxdp.planner import Item
+from onnxdp.probes import Probes
+from onnxdp.records import Array, Candidate, Encoded, Weight
+from onnxdp.settings import Progress, Settings
+from onnxdp.stats import Seen
+from onnxdp.weights import Found
+
+Group = tuple[str, ...]
+
+
+class Workshop:
+    """Solves the weights of one model with some forms, and encodes whatever is chosen.
+
+    Parameters
+    ----------
+    found : Found
+    forms : sequence of Form
+        In order of preference; several may offer candidates for one weight.
+    settings : Settings
+    device : {"cpu", "cuda"}
+    """
+
+    def __init__(self, found: Found, forms: Sequence[Form], settings: Settings, *, device: str) -> None:
+        self.found = found
+        self.forms = {f.name: f for f in forms}
+        self.weights = {w.name: w for w in found.weights}
+        self._settings = settings
+        self._device = device
+        self._solved: dict[tuple[str, Group], Solved] = {}
+        self._means: dict[str, Array] = {}
+        self._samples: dict[str, Array] = {}
+        self._groups = self._grouped()
+
+    def solve(self, network: Network | None, probes: Probes | None, progress: Progress) -> None:
+        """Gather what each weight sees and factor it, chunk by chunk, layers side by side.
+
+        Raises
+        ------
+        ModelError
+            A weight holds a value that is not a number.
+        """
+        items = [[self.weights[n] for n in group] for group in self._items()]
+        total = len(self.weights)
+        done = 0
+        for chunk in stats.chunks(items, probes.samples if probes else 1):
+            members = [w for item in chunk for w in item]
+            seen: dict[str, Seen] = {}
+            if network is not None and probes is not None and not self._settings.unweighted:
+                seen = stats.gather(network, self.found, members, probes, seed=self._settings.seed)
+            tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
+            jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
+            jobs += [(self.forms[m], g) for g, m in self._groups.items() if g[0] in tasks]
+            with arrays.one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                for (form, group), solved in zip(
+                    jobs, pool.map(lambda job: self._run(job[0], job[1], tasks), jobs), strict=True
+                ):
+                    self._solved[form.name, group] = solved
+                    if len(group) == 1 and form is next(iter(self.forms.values())):
+                        done += 1
+                        progress("solving weights", done, total, group[0])
+            for name, what in seen.items():
+                if what.mean is not None:
+                    self._means[name] = what.mean
+                if self._settings.solver == "dpl":
+                    self._samples[name] = what.samples
+        progress("solving weights", total, total, "")
+
+    def items(self) -> list[Item]:
+        """Return the candidates of every weight, ready for the planner."""
+        result = []
+        for group in self._items():
+            alone = {}
+            for name in group:
+                options = [planner.keep(self.weights[name])]
+                for form in self.forms.values():
+                    solved = self._solved.get((form.name, (name,)))
+                    options += [c for (c,) in solved.candidates()] if solved else []
+                alone[name] = tuple(self._allowed(name, options))
+            together: list[tuple[Candidate, ...]] = []
+            if len(group) > 1 and self._settings.shared is not False:
+                for form in self.forms.values():
+                    solved = self._solved.get((form.name, group))
+                    together += solved.candidates() if solved else []
+            if together and self._settings.shared:
+                alone = {n: tuple(c for c in own if c.method != self._first) for n, own in alone.items()}
+            result.append(Item(group, alone, tuple(together)))
+        return result
+
+    def encode(self, candidates: Iterable[Candidate]) -> list[Encoded]:
+        """Return the arrays of the candidates that change something; those that share are encoded together.
+
+        Raises
+        ------
+        PlanError
+            Candidates that should share a dictionary do not agree.
+        """
+        jobs: dict[tuple[str, Group], list[Candidate]] = {}
+        for c in candidates:
+            if c.method != planner.KEEP:
+                jobs.setdefault((c.method, self._group_of(c)), []).append(c)
+        with arrays.one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return [e for some in pool.map(lambda job: self._encode(*job), jobs.items()) for e in some]
+
+    def changes(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
+        """Return what to feed the lifted network so that it computes with the encoded weights."""
+        fed: dict[str, Array] = {}
+        for e in encoded:
+            weight = self.weights[e.weight]
+            decoded = self.forms[e.method].decode(weight, e)
+            fed[e.weight] = decoded.astype(np.dtype(weight.dtype))
+        return fed
+
+    def shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
+        """Return what the bias behind each encoded weight gains, (outputs,), where it can take up the mean."""
+        result = {}
+        for e in encoded:
+            mean = self._means.get(e.weight)
+            if mean is not None:
+                weight = self.weights[e.weight]
+                change = weights.tensor_of(self.found, e.weight) - self.forms[e.method].decode(weight, e)
+                result[e.weight] = stats.bias_shift(weight, mean, weights.blocks(weight, change))
+        return result
+
+    def fed(self, network: Network, encoded: Sequence[Encoded]) -> dict[str, Array]:
+        """Return weights and biases to feed the lifted network."""
+        changes = {k: v for k, v in self.changes(encoded).items() if k in network.fed}
+        for name, shift in self.shifts(encoded).items():
+            key = bias_input(name)
+            if key in network.fed:
+                node = self.found.readers[name][0].node
+                alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
+                if beta:
+                    changes[key] = (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)
+        return changes
+
+    @property
+    def _first(self) -> str:
+        return next(iter(self.forms))
+
+    def _grouped(self) -> dict[Group, str]:
+        """Return the groups that may share arrays, each with the method; a weight is in one at most."""
+        if self._settings.shared is False:
+            return {}
+        sources = stats.sources(self.found)
+        taken: set[str] = set()
+        groups: dict[Group, str] = {}
+        for form in self.forms.values():
+            for group in form.groups(self.found.weights, sources):
+                if not taken & set(group):
+                    taken.update(group)
+                    groups[group] = form.name
+        return groups
+
+    def _items(self) -> list[Group]:
+        """Return every weight once, in graph order; those of a group together."""
+        group_of = {n: g for g in self._groups for n in g}
+        return list(dict.fromkeys(group_of.get(w.name, (w.name,)) for w in self.found.weights))
+
+    def _task(self, weight: Weight, seen: Seen | None) -> Task:
+        tensor = weights.tensor_of(self.found, weight.name)
+        if not np.isfinite(np.dot(tensor.reshape(-1)[:1], 0)).all() or not np.isfinite(tensor.sum(dtype=np.float64)):
+            raise ModelError(
+                f"{weight.name} holds values that are not finite numbers; repair the model, or leave the weight out "
+                f"with --exclude {weight.name}."
+            )
+        readers = self.found.readers[weight.name]
+        splittable = len(readers) == 1 and readers[0].direct
+        return Task(weight, tensor, seen.samples if seen else None, splittable)
+
+    def _run(self, form: Form, group: Group, tasks: Mapping[str, Task]) -> Solved:
+        return form.solve([tasks[n] for n in group], self._settings, device=self._device)
+
+    def _allowed(self, name: str, options: Sequence[Candidate]) -> list[Candidate]:
+        """Leave out what is no smaller than the original, dominated, or (with fixed atoms) not asked for."""
+        kept = options[0]
+        best: list[Candidate] = [kept]
+        floor = float("inf")
+        for c in sorted(options[1:], key=lambda c: (c.nbytes, c.error)):
+            if c.nbytes < kept.nbytes and c.error < floor:
+                best.append(c)
+                floor = c.error
+        return best
+
+    def _group_of(self, candidate: Candidate) -> Group:
+        first = candidate.params.get("dictionary")
+        if first is None:
+            return (candidate.weight,)
+        for group in self._groups:
+            if group[0] == first and candidate.weight in group:
+                return group
+        raise PlanError(
+            f"{candidate.weight} cannot share the dictionary of {first!r}; write the plan again with 'onnxdp plan'."
+        )
+
+    def _encode(self, key: tuple[str, Group], chosen: list[Candidate]) -> tuple[Encoded, ...]:
+        method, group = key
+        by_name = {c.weight: c for c in chosen}
+        alike = {tuple((k, v) for k, v in c.params.items() if k != "run") for c in chosen}
+        if set(by_name) != set(group) or len(alike) > 1:
+            raise PlanError(f"{', '.join(group)} share a dictionary and must all be planned with the same parameters.")
+        solved = self._solved[key]
+        tasks = [
+            replace(self._task(self.weights[n], None), samples=self._samples.get(n)) for n in group
+        ]
+        return solved.encode(tasks, [by_name[n].params for n in group])

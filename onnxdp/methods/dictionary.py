@@ -1,0 +1,418 @@
+"""Dictionary pairs: W ~ D C, block by block.
+
+    W (inputs x outputs) is cut into B blocks along its rows (the paper's partitions), along its columns, or not at
+    all; every block is rebuilt from r atoms, W_b ~ D_b C_b. Stored are the atoms D and the codes C.
+
+    fold    W' = Reshape(MatMul(C^T, D^T)), ordinary operators on constants, gone when the session is made
+    split   y = codes(atoms(x)): two small operators in place of one large, where that is no slower
+
+References
+----------
+Gao et al., "Dictionary Pair-based Data-Free Fast Deep Neural Network Compression", ICDM 2021: partitions, pairs,
+dictionaries shared between layers. runtime.md section 4: when two operators are no slower than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp import arrays, weights
+from onnxdp.build import Builder
+from onnxdp.errors import PlanError
+from onnxdp.methods import solvers
+from onnxdp.methods.form import Solved, Task
+from onnxdp.methods.solvers import Factored, Moment
+from onnxdp.records import Array, Candidate, Encoded, Param, Params, Weight
+from onnxdp.settings import Settings
+from onnxdp.weights import Reader
+
+BLOCK_ROWS = 288
+"""Rows of a block that the paper found best on ResNet-18."""
+
+RIDGE = (0.01, 0.3)
+"""Ridge of the second moment over its mean diagonal: a + b * inputs / samples (prototype.md section 4)."""
+
+_MIN_BLOCK = 32
+_LANES = 16
+"""Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
+_MAX_MACS = 0.8
+"""Multiply-accumulates of the two operators over those of the one, up to which they were never slower."""
+
+
+class DictionaryPair:
+    """W ~ D C with few atoms."""
+
+    name = "dp"
+
+    def supports(self, weight: Weight) -> str | None:
+        """Refuse what has no matrix, or one so thin that a pair never pays."""
+        if weight.op not in ("Conv", "Gemm", "MatMul"):
+            return f"dictionary pairs rebuild Conv, Gemm and MatMul weights, not those of {weight.op}"
+        if _break_even(weight.inputs, weight.outputs, weight.inputs * weight.outputs) < 1:
+            return f"a matrix of {weight.inputs} x {weight.outputs} is too thin for a pair to be smaller"
+        return None
+
+    def cost(self, weight: Weight, params: Params) -> int:
+        """Bytes of atoms and codes."""
+        m, n = _block_shape(weight, str(params["axis"]), int(params["parts"]))
+        count = weight.groups * int(params["parts"])
+        return count * int(params["atoms"]) * (m + n) * np.dtype(str(params["dtype"])).itemsize
+
+    def check(self, weight: Weight, params: Params) -> None:
+        """Refuse params that are no pair of this weight."""
+        kinds = {"axis": str, "parts": int, "atoms": int, "dtype": str, "run": str, "dictionary": str}
+        for name in sorted(set(params) ^ set(kinds)):
+            if name not in kinds:
+                raise PlanError(f"{weight.name}: dp has no parameter {name!r}; remove it.")
+            if name != "dictionary":
+                raise PlanError(f"{weight.name}: dp needs the parameter {name!r}; write the plan again.")
+        for name, value in params.items():
+            if not isinstance(value, kinds[name]):
+                raise PlanError(f"{weight.name}: {name} is {value!r}, not of type {kinds[name].__name__}; correct it.")
+        axis, parts = params["axis"], int(params["parts"])
+        whole = weight.channels if axis == "rows" else weight.outputs
+        if axis not in ("rows", "columns") or parts < 1 or whole % parts:
+            raise PlanError(f"{weight.name}: {parts} blocks along the {axis} do not divide {whole}; correct parts.")
+        m, n = _block_shape(weight, str(axis), parts)
+        if not 1 <= int(params["atoms"]) <= min(m, n):
+            raise PlanError(f"{weight.name}: atoms is {params['atoms']} and must lie between 1 and {min(m, n)}.")
+        if params["dtype"] not in ("float16", "float32") or params["run"] not in ("fold", "split"):
+            raise PlanError(f"{weight.name}: dtype is float16 or float32, run is fold or split; correct them.")
+
+    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
+        """Name the weights that may share a dictionary: equal input rows, read from one tensor or back to back."""
+        usable = [w for w in weights if self.supports(w) is None and w.groups == 1]
+        shared: list[tuple[str, ...]] = []
+        by_source: dict[tuple[object, ...], list[str]] = {}
+        for w in usable:
+            if w.name in sources:
+                by_source.setdefault((sources[w.name], w.op, w.inputs, w.tap, w.transposed), []).append(w.name)
+        shared += [tuple(names) for names in by_source.values() if len(names) > 1]
+        taken = {n for names in shared for n in names}
+        alone = [w for w in usable if w.name not in taken]
+        for _, run in groupby(alone, key=lambda w: (w.op, w.inputs, w.outputs, w.tap, w.transposed)):
+            names = [w.name for w in run]
+            shared += [(a, b) for a, b in zip(names[::2], names[1::2], strict=False)]
+        return shared
+
+    def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
+        """Factor every layout of the blocks once."""
+        return _Pairs(tasks, settings, device)
+
+    def decode(self, weight: Weight, encoded: Encoded) -> Array:
+        """Multiply the factors, in float32."""
+        stack = encoded.arrays["atoms"].astype(np.float32) @ encoded.arrays["codes"].astype(np.float32)
+        return weights.unblocks(weight, stack, str(encoded.params["axis"]), int(encoded.params["parts"]))
+
+    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+        """Draw the product of the factors, or two operators in place of the reader."""
+        if encoded.params["run"] == "split" and reader is not None and _can_split(weight, encoded.params):
+            return _emit_split(build, weight, encoded, reader.node)
+        return _emit_fold(build, weight, encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One way to cut the weights of the tasks, factored."""
+
+    axis: str
+    parts: int
+    factored: Factored
+
+
+class _Pairs:
+    """The pairs of one weight, or of several with one dictionary (their columns side by side)."""
+
+    def __init__(self, tasks: Sequence[Task], settings: Settings, device: str) -> None:
+        self._settings = settings
+        self._device = device
+        self._weights = [t.weight for t in tasks]
+        self._tasks_split = [t.splittable for t in tasks]
+        self._layouts = {
+            (axis, parts): _Layout(axis, parts, self._factor(tasks, axis, parts))
+            for axis, parts in _layouts(self._weights, settings)
+        }
+
+    def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        return [c for layout in self._layouts.values() for c in self._of_layout(layout)]
+
+    def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
+        first = params[0]
+        axis, parts, rank = str(first["axis"]), int(first["parts"]), int(first["atoms"])
+        layout = self._layouts.get((axis, parts))
+        factored = layout.factored if layout else self._factor(tasks, axis, parts)
+        stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
+        moment = _moment(tasks, axis, parts, self._device)
+        if self._settings.solver == "dpl":
+            start = arrays.normal((*stack.shape[:-1], rank), self._settings.seed, stack)
+            atoms, codes = solvers.dpl(
+                stack, rank, start=start, moment=moment, iterations=self._settings.iterations
+            )
+        else:
+            atoms, codes = factored.pair(stack, rank)
+        error = self._tail(factored, rank)
+        dtype = np.dtype(str(first["dtype"]))
+        atoms, codes = arrays.to_host(atoms).astype(dtype), arrays.to_host(codes).astype(dtype)
+        encoded, column = [], 0
+        for task, own in zip(tasks, params, strict=True):
+            width = task.weight.outputs // (parts if axis == "columns" else 1)
+            mine = np.ascontiguousarray(codes[..., column : column + width])
+            column += width
+            shared = {"atoms": str(own["dictionary"])} if "dictionary" in own else {}
+            arrays_ = {"atoms": atoms, "codes": mine}
+            encoded.append(Encoded(task.weight.name, "dp", dict(own), arrays_, error, shared))
+        return tuple(encoded)
+
+    def _factor(self, tasks: Sequence[Task], axis: str, parts: int) -> Factored:
+        stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
+        moment = _moment(tasks, axis, parts, self._device)
+        rank = max(1, min(min(stack.shape[-2:]), self._most_atoms(axis, parts)))
+        if self._settings.atoms:
+            rank = max(rank, min(self._settings.atoms, *stack.shape[-2:]))
+        if self._settings.solver == "randomized":
+            width = min(rank + 8, stack.shape[-1])
+            start = arrays.normal((*stack.shape[:-2], stack.shape[-1], width), self._settings.seed, stack)
+            return solvers.randomized(stack, rank, start=start, moment=moment)
+        return solvers.exact(stack, moment, rank=rank)
+
+    def _most_atoms(self, axis: str, parts: int) -> int:
+        """Return the rank at which the pairs of all weights take what the float16 weights would."""
+        item = np.dtype(self._settings.factor_dtype).itemsize
+        dense = sum(w.size * min(2, w.nbytes // w.size) for w in self._weights)
+        return int((dense - 1) // max(1, self._unit(axis, parts) * item))
+
+    def _unit(self, axis: str, parts: int) -> int:
+        """Return the numbers stored per atom."""
+        first = self._weights[0]
+        outputs = sum(w.outputs for w in self._weights)
+        count = first.groups * parts
+        m, n = (first.inputs // parts, outputs) if axis == "rows" else (first.inputs, outputs // parts)
+        return count * (m + n)
+
+    def _of_layout(self, layout: _Layout) -> Iterator[tuple[Candidate, ...]]:
+        settings = self._settings
+        most = min(layout.factored.energies.shape[-1], self._most_atoms(layout.axis, layout.parts))
+        ranks = [min(settings.atoms, layout.factored.energies.shape[-1])] if settings.atoms else _ranks(most)
+        for rank in ranks:
+            error = self._tail(layout.factored, rank)
+            yield tuple(self._candidate(i, layout, rank, error) for i in range(len(self._weights)))
+
+    @staticmethod
+    def _tail(factored: Factored, rank: int) -> float:
+        """Return the relative error that ``rank`` atoms leave."""
+        tail, total = (float(np.sum(arrays.to_host(a))) for a in (factored.tail(rank), factored.total))
+        return float((max(tail, 0.0) / (total or 1.0)) ** 0.5)
+
+    def _candidate(self, index: int, layout: _Layout, rank: int, error: float) -> Candidate:
+        weight = self._weights[index]
+        params: dict[str, Param] = {
+            "axis": layout.axis,
+            "parts": layout.parts,
+            "atoms": rank,
+            "dtype": self._settings.factor_dtype,
+            "run": "fold",
+        }
+        nbytes = DictionaryPair().cost(weight, params)
+        if len(self._weights) > 1:
+            params["dictionary"] = self._weights[0].name
+            if index:  # the first weight pays for the atoms
+                nbytes -= weight.inputs * rank * np.dtype(self._settings.factor_dtype).itemsize
+        if self._tasks_split[index] and _pays_split(weight, params):
+            params["run"] = "split"
+        return Candidate(weight.name, "dp", params, nbytes, error)
+
+
+def _layouts(tasks: Sequence[Weight], settings: Settings) -> list[tuple[str, int]]:
+    """Return the (axis, parts) to try: whole, the paper's rows, and columns, by what the matrix's shape suggests."""
+    weight = tasks[0]
+    rows = settings.partition_rows()
+    if rows == 0:
+        return [("rows", 1)]
+    if rows is not None:
+        return [("rows", _parts(weight.channels, weight.inputs / rows))]
+    layouts = [("rows", 1)]
+    if weight.groups == 1:
+        layouts += [("rows", _parts(weight.channels, weight.inputs / BLOCK_ROWS))]
+        outputs = min(w.outputs for w in tasks)
+        if len(tasks) == 1 and outputs > weight.inputs:
+            layouts += [("columns", _parts(outputs, outputs / max(weight.inputs, BLOCK_ROWS)))]
+    return [
+        (axis, parts)
+        for axis, parts in dict.fromkeys(layouts)
+        if parts == 1 or min(_block_shape(weight, axis, parts)) >= _MIN_BLOCK
+    ]
+
+
+def _parts(channels: int, wanted: float) -> int:
+    """Return the divisor of ``channels`` nearest to ``wanted`` in ratio."""
+    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+    return min(divisors, key=lambda d: (abs(np.log(d / max(wanted, 1.0))), d))
+
+
+def _block_shape(weight: Weight, axis: str, parts: int) -> tuple[int, int]:
+    if axis == "rows":
+        return weight.inputs // parts, weight.outputs
+    return weight.inputs, weight.outputs // parts
+
+
+def _break_even(m: int, n: int, dense: int) -> int:
+    """Return the largest rank at which the pair stores fewer numbers than the dense matrix."""
+    return (dense - 1) // (m + n)
+
+
+def _ranks(most: int) -> list[int]:
+    """Every rank where layers are small; multiples of 16 beyond 128, where steps are fine enough without."""
+    return [r for r in range(1, most + 1) if r <= 64 or (r <= 128 and r % 4 == 0) or r % _LANES == 0]
+
+
+def _stack(tasks: Sequence[Task], axis: str, parts: int) -> Array:
+    """Return the blocks of all tasks, columns side by side, (blocks, m, n) float32."""
+    stacks = [weights.blocks(t.weight, t.tensor, axis, parts) for t in tasks]
+    stack = stacks[0] if len(stacks) == 1 else np.concatenate(stacks, axis=-1)
+    return stack.astype(np.float32, copy=False)
+
+
+def _moment(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment | None:
+    """Return the second moment of the blocks' inputs; of several tasks the mean, each scaled to unit trace."""
+    if any(t.samples is None for t in tasks):
+        return None
+    samples = []
+    for task in {id(t.samples): t for t in tasks}.values():
+        assert task.samples is not None
+        norm = float(np.linalg.norm(task.samples)) or 1.0
+        samples.append(task.samples if len(tasks) == 1 else task.samples / np.float32(norm))
+    rows = np.concatenate(samples, axis=1)
+    groups, count, inputs = rows.shape
+    if axis == "rows":
+        rows = rows.reshape(groups, count, parts, inputs // parts).swapaxes(1, 2)
+        rows = rows.reshape(groups * parts, count, inputs // parts)
+    else:
+        rows = np.repeat(rows, parts, axis=0)
+    mean = np.square(rows).sum(axis=1).mean(axis=-1)
+    floor = float(mean.max(initial=0.0)) or 1.0
+    ridge = (RIDGE[0] + RIDGE[1] * min(1.0, rows.shape[-1] / count)) * np.maximum(mean, 1e-3 * floor)
+    return Moment(arrays.to_device(np.ascontiguousarray(rows), device), arrays.to_device(ridge, device))
+
+
+def _macs(weight: Weight, params: Params) -> float:
+    """Return the multiply-accumulates of the two operators over those of the one."""
+    m, n = _block_shape(weight, str(params["axis"]), int(params["parts"]))
+    return int(params["atoms"]) * (m + n) / (m * n)
+
+
+def _can_split(weight: Weight, params: Params) -> bool:
+    """Whether two operators can do what the pair says: row blocks of a Conv become groups, others one block."""
+    if weight.groups > 1:
+        return False
+    return int(params["parts"]) == 1 or (weight.op == "Conv" and params["axis"] == "rows")
+
+
+def _pays_split(weight: Weight, params: Params) -> bool:
+    """Whether two operators are no slower than one (runtime.md section 4)."""
+    atoms, parts = int(params["atoms"]), int(params["parts"])
+    if not _can_split(weight, params) or _macs(weight, params) > _MAX_MACS or atoms % _LANES:
+        return False
+    return parts == 1 or (weight.channels // parts) % _LANES == 0
+
+
+def _emit_fold(build: Builder, weight: Weight, encoded: Encoded) -> ir.Value:
+    """W' as a product of constants, in the stored orientation, so that only blocks need a Transpose."""
+    axis, parts = str(encoded.params["axis"]), int(encoded.params["parts"])
+    atoms, codes = _factors(build, weight, encoded)
+    value = build.node("MatMul", [codes, atoms] if weight.transposed else [atoms, codes], "product")
+    g, m, n = weight.groups, weight.inputs, weight.outputs
+    if parts > 1 and (axis == "rows") == weight.transposed:
+        # Blocks lie along the last axis of the stored matrix: bring them there.
+        stored = (g, parts, n, m // parts) if weight.transposed else (g, parts, m, n // parts)
+        value = build.reshape(value, stored, "blocks")
+        value = build.node("Transpose", [value], "order", perm=[0, 2, 1, 3])
+    elif weight.shape == ((n, m) if weight.transposed else (m, n)) and g * parts == 1:
+        return build.cast(value, weight.dtype, "type") if weight.dtype != "float32" else value
+    value = build.reshape(value, weight.shape, "weight")
+    return build.cast(value, weight.dtype, "type") if weight.dtype != "float32" else value
+
+
+def _factors(build: Builder, weight: Weight, encoded: Encoded) -> tuple[ir.Value, ir.Value]:
+    """Register atoms and codes, in the stored orientation, and cast them to float32."""
+    atoms, codes = (_oriented(encoded.arrays[r], weight.transposed) for r in ("atoms", "codes"))
+    shared = encoded.shared.get("atoms")
+    return (
+        build.cast(build.constant("atoms", atoms, shared and f"{shared}.shared"), "float32", "atoms32"),
+        build.cast(build.constant("codes", codes), "float32", "codes32"),
+    )
+
+
+def _oriented(stack: Array, transposed: bool) -> Array:
+    stack = stack.swapaxes(-1, -2) if transposed else stack
+    return stack[0] if len(stack) == 1 else stack
+
+
+def _emit_split(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
+    """Put an atoms operator before the node, which becomes the codes operator and keeps its name and output."""
+    if weight.op == "Conv":
+        _split_conv(build, weight, encoded, node)
+    else:
+        _split_product(build, weight, encoded, node)
+
+
+def _split_conv(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
+    """Conv k x k, grouped where the rows are in blocks, then Conv 1 x 1 with the bias."""
+    parts, rank = int(encoded.params["parts"]), int(encoded.params["atoms"])
+    ones = [1] * (len(weight.shape) - 2)
+    atoms_shape = (parts * rank, weight.shape[1] // parts, *weight.shape[2:])
+    codes_shape = (weight.outputs, parts * rank, *ones)
+    shared = encoded.shared.get("atoms")
+    codes = encoded.arrays["codes"].reshape(parts * rank, weight.outputs).T.reshape(codes_shape)
+    if shared:
+        stored = build.constant("atoms", _oriented(encoded.arrays["atoms"], True), f"{shared}.shared")
+        atoms = build.reshape(build.cast(stored, "float32", "atoms32"), atoms_shape, "kernel")
+    else:
+        kernel = encoded.arrays["atoms"].swapaxes(-1, -2).reshape(atoms_shape)
+        atoms = build.cast(build.constant("atoms", kernel), "float32", "atoms32")
+    code = build.cast(build.constant("codes", codes), "float32", "codes32")
+    atoms, code = (_typed(build, v, weight.dtype, r) for v, r in ((atoms, "atoms_type"), (code, "codes_type")))
+    attributes = {k: a for k, a in node.attributes.items() if k != "group"}
+    between = build.node("Conv", [node.inputs[0], atoms], "atoms_conv")
+    producer = between.producer()
+    assert producer is not None
+    producer.attributes.update(attributes)
+    if parts > 1:
+        producer.attributes["group"] = ir.AttrInt64("group", parts)
+    for name in list(node.attributes):
+        del node.attributes[name]
+    node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", ones)
+    node.replace_input_with(0, between)
+    node.replace_input_with(1, code)
+
+
+def _split_product(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
+    """Turn x W into (x D) C, and W^T x into C^T (D^T x)."""
+    atoms, codes = _factors(build, weight, encoded)
+    atoms, codes = (
+        _typed(build, v, weight.dtype, r) for v, r in ((atoms, "atoms_type"), (codes, "codes_type"))
+    )
+    left = ir.convenience.get_const_tensor(node.inputs[0]) is not None  # type: ignore[arg-type]  # always given
+    flags = {k: a for k, a in node.attributes.items() if k in ("transA", "transB")}
+    place = 0 if left else 1
+    if node.op_type == "MatMul":
+        between = build.node("MatMul", [atoms, node.inputs[1]] if left else [node.inputs[0], atoms], "atoms_product")
+    else:
+        inputs = [atoms, node.inputs[1]] if left else [node.inputs[0], atoms]
+        between = build.node("Gemm", inputs, "atoms_product")
+        producer = between.producer()
+        assert producer is not None
+        producer.attributes.update(flags)
+        other = "transB" if left else "transA"
+        if other in node.attributes:  # the activations are turned once, in the first operator
+            del node.attributes[other]
+    node.replace_input_with(1 - place, between)
+    node.replace_input_with(place, codes)
+
+
+def _typed(build: Builder, value: ir.Value, dtype: str, role: str) -> ir.Value:
+    return value if dtype == "float32" else build.cast(value, dtype, role)

@@ -1,0 +1,121 @@
+"""What a method is, and where methods are found.
+
+A form says how a weight is stored and how ordinary operators undo it. Two laws hold for every form, and the tests
+check them for each that is registered: ONNX Runtime on what ``emit`` drew equals ``decode``, and ``cost`` equals
+the bytes of the initializers that ``emit`` made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Protocol, runtime_checkable
+
+import onnx_ir as ir
+
+from onnxdp.build import Builder
+from onnxdp.errors import MethodError, UsageError
+from onnxdp.records import Array, Candidate, Encoded, Params, Weight
+from onnxdp.settings import Settings
+from onnxdp.weights import Reader
+
+GROUP = "onnxdp.methods"
+FALLBACK = "float16"
+"""Always a candidate beside the method asked for: where a method does not pay, the storage type still may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One weight to solve.
+
+    Attributes
+    ----------
+    weight : Weight
+    tensor : ndarray of shape ``weight.shape``, float32 or float64
+    samples : ndarray of shape (groups, samples, inputs) or None
+        What the readers see, float32, divided by the square root of the number of samples; centred where the
+        bias can take up the mean. None without probes, or where they cannot reach the weight.
+    splittable : bool
+        Whether one direct reader in the graph could run as two operators instead of one.
+    """
+
+    weight: Weight
+    tensor: Array
+    samples: Array | None
+    splittable: bool
+
+
+class Solved(Protocol):
+    """Candidates of one weight, or of several that share arrays, solved once for all of them."""
+
+    def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return the ways to store the task's weights; each holds one candidate per task."""
+
+    def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
+        """Return the arrays of one of the candidates, named by its params."""
+
+
+@runtime_checkable
+class Form(Protocol):
+    """A method: how weights are stored."""
+
+    name: str
+
+    def supports(self, weight: Weight) -> str | None:
+        """Return None, or why this weight cannot be stored so."""
+
+    def cost(self, weight: Weight, params: Params) -> int:
+        """Bytes of the initializers that ``emit`` makes (those shared with another weight included)."""
+
+    def check(self, weight: Weight, params: Params) -> None:
+        """Refuse params (of a plan edited by hand) that mean nothing, with a PlanError."""
+
+    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
+        """Name the weights that may share arrays; ``sources`` tells which tensor each weight reads."""
+
+    def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
+        """Solve one task, or several that share arrays."""
+
+    def decode(self, weight: Weight, encoded: Encoded) -> Array:
+        """Return the stored tensor's replacement, of shape ``weight.shape``, float32."""
+
+    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+        """Draw the operators that undo the form.
+
+        Returns the value that replaces the weight. A form may instead rewrite ``reader`` (given where the weight
+        has one direct reader) and return None.
+        """
+
+
+def registered() -> dict[str, str]:
+    """Names of all installed methods, each with the object it is loaded from; nothing is imported."""
+    return {e.name: e.value for e in entry_points(group=GROUP)}
+
+
+def load(name: str) -> Form:
+    """Load one method by its entry-point name.
+
+    Raises
+    ------
+    UsageError
+        No method of that name is installed.
+    MethodError
+        The plug-in cannot be loaded, or is no form.
+    """
+    found = [e for e in entry_points(group=GROUP) if e.name == name]
+    if not found:
+        raise UsageError(f"There is no method {name!r}; installed are {', '.join(sorted(registered()))}, auto.")
+    try:
+        form = found[0].load()()
+    except Exception as e:  # a plug-in may raise anything
+        raise MethodError(f"The method {name!r} ({found[0].value}) cannot be loaded: {e}; reinstall it.") from e
+    if not isinstance(form, Form):
+        raise MethodError(f"The method {name!r} ({found[0].value}) lacks parts of a form; update it.")
+    return form
+
+
+def forms_for(method: str) -> tuple[Form, ...]:
+    """Return the forms a method name stands for; ``auto`` is the best of what is built, today ``dp``."""
+    name = "dp" if method == "auto" else method
+    return tuple(load(n) for n in dict.fromkeys((name, FALLBACK)))

@@ -1,0 +1,78 @@
+"""Float16: the weight as it is in half the bytes, and a Cast that folds away when the session is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp.build import Builder
+from onnxdp.errors import PlanError
+from onnxdp.methods.form import Solved, Task
+from onnxdp.records import Array, Candidate, Encoded, Params, Weight
+from onnxdp.settings import Settings
+from onnxdp.weights import Reader
+
+_MAX = float(np.finfo(np.float16).max)
+
+
+class Float16:
+    """The weight rounded to float16."""
+
+    name = "float16"
+
+    def supports(self, weight: Weight) -> str | None:
+        """Refuse what is that small already."""
+        if weight.dtype in ("float16", "bfloat16"):
+            return f"is stored as {weight.dtype} already"
+        return None
+
+    def cost(self, weight: Weight, params: Params) -> int:
+        """Two bytes a number."""
+        return 2 * weight.size
+
+    def check(self, weight: Weight, params: Params) -> None:
+        """There is nothing to choose."""
+        if params:
+            raise PlanError(f"{weight.name}: float16 takes no parameter, so {dict(params)} must go.")
+
+    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
+        """Share nothing."""
+        return ()
+
+    def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
+        """Round."""
+        return _Rounded(tasks[0])
+
+    def decode(self, weight: Weight, encoded: Encoded) -> Array:
+        """Widen again."""
+        return encoded.arrays["half"].astype(np.float32).reshape(weight.shape)
+
+    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+        """Store float16, cast back."""
+        half = build.constant("half", encoded.arrays["half"].reshape(weight.shape))
+        return build.cast(half, weight.dtype, "cast")
+
+
+class _Rounded:
+    """The one candidate of a weight; none where a value leaves float16's range."""
+
+    def __init__(self, task: Task) -> None:
+        fits = float(np.abs(task.tensor).max(initial=0.0)) <= _MAX
+        self._candidates: tuple[tuple[Candidate, ...], ...] = ()
+        if fits:
+            weight = task.weight
+            norm = float(np.linalg.norm(task.tensor)) or 1.0
+            error = float(np.linalg.norm(task.tensor - task.tensor.astype(np.float16))) / norm
+            self._candidates = ((Candidate(weight.name, "float16", {}, 2 * weight.size, error),),)
+
+    def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        return self._candidates
+
+    def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
+        if not self._candidates:
+            raise PlanError(f"{tasks[0].weight.name} has values beyond float16's range; choose another method.")
+        error = self._candidates[0][0].error
+        half = tasks[0].tensor.astype(np.float16)
+        return (Encoded(tasks[0].weight.name, "float16", {}, {"half": half}, error),)

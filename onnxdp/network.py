@@ -1,0 +1,262 @@
+"""The network with its weights fed from outside: one small session measures any replacement of any weight.
+
+Nothing is copied per candidate, the weights stay mapped from their file, and what lies before a weight is run once
+for all candidates of it (its suffix session starts from the tensors that are alive there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxdp import model as model_file
+from onnxdp import runtime, weights
+from onnxdp.model import Model
+from onnxdp.passes import LiftWeights
+from onnxdp.probes import Probes
+from onnxdp.records import Array
+from onnxdp.weights import Found, bias_is_constant, can_centre
+
+Changes = Mapping[str, Array]
+"""Input name of the lifted network (a weight's name, or ``bias_input`` of it) -> array of the stored type."""
+
+
+def bias_input(weight: str) -> str:
+    """Name the input that feeds the bias behind a weight."""
+    return f"{weight}/bias"
+
+
+class Network:
+    """The network, its weights among its inputs.
+
+    Parameters
+    ----------
+    model : Model
+        Not changed.
+    found : Found
+        Its weights; those that have a matrix (and a type that can be fed) are lifted.
+    threads : int or None
+    provider : {"cpu", "cuda"}
+    """
+
+    def __init__(self, model: Model, found: Found, *, threads: int | None = None, provider: str = "cpu") -> None:
+        copied = model_file.copy(model)
+        twin = weights.find(copied.ir)
+        lifted = [
+            w for w in found.weights if w.op in ("Conv", "Gemm", "MatMul") and w.dtype != "bfloat16" and w.inputs > 1
+        ]
+        centred = [w for w in lifted if can_centre(found, w)]
+        self.fed: dict[str, Array] = {}
+        for w in lifted:
+            tensor = ir.convenience.get_const_tensor(found.values[w.name])
+            assert tensor is not None
+            self.fed[w.name] = tensor.numpy()
+        for w in centred:
+            self.fed[bias_input(w.name)] = _bias_of(found.readers[w.name][0].node, w.outputs * w.groups)
+        LiftWeights(
+            {w.name: twin.values[w.name] for w in lifted},
+            {bias_input(w.name): twin.readers[w.name][0].node for w in centred},
+        )(copied.ir)
+        self.proto = model_file.serialize(copied)
+        self._threads, self._provider = threads, provider
+        self.outputs = [o.name for o in self.proto.graph.output]
+        self._position = {
+            name: i for i, node in reversed(list(enumerate(self.proto.graph.node))) for name in _reads(node)
+        }
+
+    def session(self, outputs: Sequence[str]) -> Any:
+        """Make a session that gives the named tensors."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        _set_outputs(proto.graph, outputs)
+        return runtime.session(proto, threads=self._threads, provider=self._provider)
+
+    def run(self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes) -> dict[str, Array]:
+        """Run one feed with some of the weights changed."""
+        return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
+
+    def position(self, weight: str) -> int:
+        """Return the place, in graph order, of the first node that reads the weight."""
+        return self._position.get(weight, 0)
+
+    def alive(self, position: int) -> list[str]:
+        """Name the tensors made before ``position`` that are read from there on, or are outputs."""
+        nodes = self.proto.graph.node
+        made = {name for node in nodes[:position] for name in node.output if name}
+        later = [name for node in nodes[position:] for name in _reads(node)]
+        return sorted(made & {*later, *self.outputs})
+
+    def suffix(self, position: int, types: Mapping[str, int], outputs: Sequence[str]) -> Any:
+        """Make a session of the nodes from ``position`` on; tensors alive there become inputs of the given types."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        graph = proto.graph
+        nodes = list(graph.node)[position:]
+        needed = {name for node in nodes for name in _reads(node)} | set(outputs)
+        inputs = [v for v in graph.input if v.name in needed]
+        inputs += [onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(position)]
+        held = [t for t in graph.initializer if t.name in needed]
+        for part, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, held)):
+            copies = [_copy(k) for k in kept]
+            del part[:]
+            part.extend(copies)
+        _set_outputs(graph, outputs)
+        return runtime.session(proto, threads=self._threads, provider=self._provider)
+
+
+@dataclass(slots=True)
+class Suffix:
+    """The part of the network from one weight on, and what reaches it from the probes."""
+
+    session: Any
+    inputs: frozenset[str]
+    feeds: list[dict[str, Array]] = field(default_factory=list)
+
+
+class Meter:
+    """Measures what changed weights do to the network's outputs on held-out probes.
+
+    The outputs are looked at before a closing Softmax; what all samples have in common does not count as signal
+    (prototype.md section 4: normalised by the variance between pictures).
+    """
+
+    def __init__(self, network: Network, probes: Probes) -> None:
+        self.network = network
+        self._probes = probes
+        self.watched = _before_softmax(network.proto.graph)
+        self._session = network.session(self.watched)
+        self._base = [self._clean(network.run(self._session, f, self.watched, {})) for f in probes.feeds]
+        self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
+        self._size = {n: float(sum(np.square(b[n]).sum() for b in self._base)) for n in self._floating()}
+        self._suffixes: dict[int, Suffix] = {}
+        self._tensors: list[dict[str, Array]] | None = None
+        self.runs = 0
+
+    def together(self, changes: Changes) -> tuple[float, float]:
+        """Return (damage, relative output error) of all changes at once.
+
+        Damage is the squared error of the watched outputs over their variance between samples, the mean of all
+        outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs.
+        """
+        got = [self._clean(self.network.run(self._session, f, self.watched, changes)) for f in self._probes.feeds]
+        self.runs += 1
+        return self._compare(got)
+
+    def alone(self, weight: str, changes: Changes) -> float:
+        """Return the damage of changes to one weight, running only what comes after it."""
+        suffix = self._suffix(weight)
+        got = []
+        for feed in suffix.feeds:
+            given = {k: v for k, v in {**self.network.fed, **feed, **changes}.items() if k in suffix.inputs}
+            got.append(self._clean(runtime.run(suffix.session, given, self.watched)))
+        return self._compare(got)[0]
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Run the network once for the tensors that the suffixes of the named weights start from."""
+        positions = {self.network.position(n) for n in names}
+        wanted = sorted({t for p in positions for t in self.network.alive(p)} - set(self.watched))
+        if not wanted:
+            self._tensors = [dict(b) for b in self._base]
+            return
+        session = self.network.session([*self.watched, *wanted])
+        self._tensors = [
+            self.network.run(session, f, [*self.watched, *wanted], {}) for f in self._probes.feeds
+        ]
+
+    def _suffix(self, weight: str) -> Suffix:
+        position = self.network.position(weight)
+        if position not in self._suffixes:
+            assert self._tensors is not None, "prepare() comes first"
+            alive = self.network.alive(position)
+            types = {n: onnx.helper.np_dtype_to_tensor_dtype(self._tensors[0][n].dtype) for n in alive}
+            session = self.network.suffix(position, types, self.watched)
+            inputs = frozenset(i.name for i in session.get_inputs())
+            feeds = [
+                {**f, **{n: t[n] for n in alive}} for f, t in zip(self._probes.feeds, self._tensors, strict=True)
+            ]
+            self._suffixes[position] = Suffix(session, inputs, feeds)
+        return self._suffixes[position]
+
+    def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            n: np.nan_to_num(a.astype(np.float64), posinf=1e30, neginf=-1e30) if a.dtype.kind == "f" else a
+            for n, a in outputs.items()
+        }
+
+    def _floating(self) -> Iterator[str]:
+        for name in self.watched:
+            if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
+                yield name
+
+    def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
+        damages, errors = [0.0], [0.0]
+        for name in self._floating():
+            apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
+            damages.append(apart / (self._power[name] or 1.0))
+            errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
+        return sum(damages) / max(1, len(damages) - 1), max(errors)
+
+
+def _squares(a: Array, b: Array) -> float:
+    """Sum the squared differences; outputs whose shape depends on the values count whole where they differ."""
+    if a.shape != b.shape:
+        return float(np.square(b).sum() + np.square(a).sum())
+    return float(np.square(a - b).sum())
+
+
+def _variance(stacked: Array, probes: Probes) -> float:
+    """Sum of squares about the mean over samples; about zero where there is one sample only."""
+    rows = stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
+    if len(rows) < 2:
+        return float(np.square(rows).sum())
+    centred = float(np.square(rows - rows.mean(axis=0)).sum())
+    return centred or float(np.square(rows).sum())
+
+
+def _before_softmax(graph: onnx.GraphProto) -> list[str]:
+    """Name the outputs, a closing Softmax looked through: probabilities saturate, scores do not."""
+    made = {name: node for node in graph.node for name in node.output}
+    return [
+        made[o.name].input[0] if o.name in made and made[o.name].op_type == "Softmax" else o.name for o in graph.output
+    ]
+
+
+def _set_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    known = {o.name: _copy(o) for o in graph.output}
+    del graph.output[:]
+    graph.output.extend(known.get(n) or onnx.ValueInfoProto(name=n) for n in names)
+
+
+def _copy(message: Any) -> Any:
+    made = type(message)()
+    made.CopyFrom(message)
+    return made
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those that its subgraphs take from outside included (over-counted, harmlessly)."""
+    names = {name for name in node.input if name}
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            names.update(o.name for o in graph.output)
+            for inner in graph.node:
+                names |= _reads(inner)
+    return names
+
+
+def _bias_of(node: ir.Node, outputs: int) -> Array:
+    """Return the bias as a vector (outputs,) of the weight's type; zeros where there is none."""
+    assert bias_is_constant(node)
+    weight = ir.convenience.get_const_tensor(node.inputs[1])  # type: ignore[arg-type]  # never absent
+    assert weight is not None
+    dtype = weight.numpy().dtype
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return np.zeros(outputs, dtype)
+    bias = ir.convenience.get_const_tensor(node.inputs[2])
+    assert bias is not None
+    return np.ascontiguousarray(np.broadcast_to(bias.numpy().reshape(-1), (outputs,)).astype(dtype))

@@ -1,0 +1,189 @@
+"""Textured dead leaves: made-up pictures with the statistics of natural ones.
+
+Leaves (discs, rectangles, polygons) of sizes ``p(s) ~ s^-3`` cover each other and a background.
+That alone gives edges at all scales, occlusion and a power spectrum near ``1 / f^2``, which is what a
+convolutional network answers to. A leaf is filled with one colour of the picture's palette and shaded,
+striped, chequered or noisy; colours are mostly grey.
+
+References
+----------
+Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 41 (2001).
+Baradad et al., "Learning to see by looking at noise", NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from onnxdp.records import Array
+
+_SUPERSAMPLED = 64
+"""Pictures up to this many pixels (shorter side) are drawn at twice the size."""
+_DETAIL = 56
+"""The smallest leaf has a radius of the picture's side over this (at least 3 drawn pixels)."""
+_COVER = 2.2
+"""Drawn area of all leaves over the picture's: exp(-2.2) = 11 % shows the backmost layer, one large leaf."""
+
+
+def leaves(indices: Iterable[int], channels: int, height: int, width: int, seed: int) -> Array:
+    """Draw pictures; picture ``i`` depends on ``(seed, i)`` alone.
+
+    Parameters
+    ----------
+    indices : iterable of int
+        Which pictures.
+    channels : int
+        1 (grey) or 3.
+    height, width : int
+        Pixels.
+    seed : int
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, channels, height, width)
+        Like pictures from a file: 0 to 255, clipped.
+    """
+    drawn = [
+        _picture(np.random.Generator(np.random.PCG64([seed, i])), channels, height, width) for i in indices
+    ]
+    return np.stack(drawn) if drawn else np.empty((0, channels, height, width), np.uint8)
+
+
+def _picture(rng: np.random.Generator, channels: int, height: int, width: int) -> Array:
+    """One picture, uint8 of shape (channels, height, width)."""
+    zoom = 2 if min(height, width) <= _SUPERSAMPLED else 1
+    label, centres, radii = _label_map(rng, zoom * height, zoom * width)
+    x = _fill(rng, label, centres, radii, zoom, channels)
+    if zoom == 2:
+        x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    # One light pass stands in for antialiasing where nothing was supersampled; the rest is the lens.
+    for _ in range(int(rng.integers(0, 2)) if zoom == 2 else int(rng.integers(1, 4))):
+        x = _smooth(_smooth(x, 1), 2)
+    contrast = 52.0 * math.exp(rng.normal(0.0, 0.3))
+    x = x * (contrast / max(float(x.std()), 1e-3))
+    x += 118.0 + rng.normal(0.0, 12.0) - float(x.mean())
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+
+def _label_map(rng: np.random.Generator, height: int, width: int) -> tuple[Array, Array, Array]:
+    """Which leaf shows at each pixel.
+
+    Returns
+    -------
+    label : ndarray of int32, shape (height, width)
+    centres : ndarray of float32, shape (leaves, 2)
+        Row and column.
+    radii : ndarray of float32, shape (leaves,)
+    """
+    side = math.sqrt(height * width)
+    low, high = max(3.0, side / _DETAIL), max(4.0, side / 2.2)
+    # p(s) ~ s^-3 has the mean square 2 log(high / low) / (low^-2 - high^-2); a leaf fills about 2.6 r^2.
+    mean_square = 2 * math.log(high / low) / (low**-2 - high**-2)
+    count = math.ceil(_COVER * side**2 / (2.6 * mean_square))
+    u = rng.random(count)
+    radii = ((high**-2) + u * (low**-2 - high**-2)) ** -0.5
+    radii[0] = 2 * side  # the backmost leaf is the background
+    centres = rng.random((count, 2)) * (height, width)
+    corners = rng.choice([0, 3, 4, 4, 5, 6], count)
+    angles = rng.random(count) * math.tau
+    stretch = np.exp(rng.normal(0.0, 0.35, count))
+    label = np.zeros((height, width), np.int32)
+    rows, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    one_each = zip(
+        centres.tolist(), radii.tolist(), corners.tolist(), angles.tolist(), stretch.tolist(), strict=True
+    )
+    for i, ((cy, cx), r, n, angle, longer) in enumerate(one_each):
+        if i == 0:
+            continue
+        reach = r * (1.0, 1.2, 1.2 * max(1.0, longer))[(n > 0) + (n == 4)]
+        top, left = max(0, int(cy - reach)), max(0, int(cx - reach))
+        bottom, right = int(cy + reach) + 2, int(cx + reach) + 2
+        inside = _inside(rows[top:bottom, None] - cy, columns[left:right] - cx, r, n, angle, longer)
+        np.copyto(label[top:bottom, left:right], i, where=inside)
+    return label, centres.astype(np.float32), radii.astype(np.float32)
+
+
+def _inside(dy: Array, dx: Array, r: float, corners: int, angle: float, stretch: float) -> Array:
+    """Mask of a disc (0 corners), a rectangle (4) or a regular polygon; ``dy`` (h, 1), ``dx`` (w,)."""
+    if corners == 0:
+        return np.asarray(dy * dy + dx * dx < r * r)
+    c, s = math.cos(angle), math.sin(angle)
+    if corners == 4:
+        along = np.abs(dx * c + dy * s) < r * stretch * 0.8
+        return np.asarray(along & (np.abs(dy * c - dx * s) < r / max(stretch, 1.0) * 0.8))
+    far = s * dy + c * dx
+    for k in range(1, corners):
+        edge = angle + k * math.tau / corners
+        np.maximum(far, math.sin(edge) * dy + math.cos(edge) * dx, out=far)
+    return np.asarray(far < r * (0.6 if corners == 3 else 0.9))
+
+
+def _fill(
+    rng: np.random.Generator, label: Array, centres: Array, radii: Array, zoom: int, channels: int
+) -> Array:
+    """Colour and texture of every leaf; float32 of shape (channels, height, width), any scale."""
+    count, (height, width) = len(radii), label.shape
+    colour, texture_colour = _palette(rng, count, channels)
+    kind = rng.choice(5, count, p=[0.25, 0.2, 0.2, 0.2, 0.15])  # flat, shading, noise, stripes, checks
+    strength = rng.gamma(2.0, 0.25, count)
+    frequency = math.tau / (zoom * np.exp(rng.uniform(math.log(2.5), math.log(16.0), count)))
+    direction = rng.random(count) * math.tau
+    phase = rng.random(count) * math.tau
+    shade = rng.normal(0.0, 0.6, (count, 2)) / np.minimum(radii, 64.0 * zoom)[:, None] * (kind != 0)[:, None]
+
+    def at(values: Array) -> Array:
+        return np.asarray(values.astype(np.float32)[label])
+
+    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    level = y * at(shade[:, 0]) + x * at(shade[:, 1]) - at((centres * shade).sum(1))
+    np.clip(level, -1.5, 1.5, out=level)
+    rough = rng.standard_normal((height // zoom, width // zoom), dtype=np.float32)
+    rough = rough.repeat(zoom, 0).repeat(zoom, 1)
+    level += rough * at(np.where(kind == 2, strength, 0.04))
+    wavy = np.flatnonzero((kind >= 3)[label.ravel()])
+    leaf = label.ravel()[wavy]
+    row, column = (wavy // width).astype(np.float32), (wavy % width).astype(np.float32)
+
+    def wave(turn: float) -> Array:
+        fy = (frequency * np.sin(direction + turn)).astype(np.float32)
+        fx = (frequency * np.cos(direction + turn)).astype(np.float32)
+        return np.asarray(np.sin(row * fy[leaf] + column * fx[leaf] + phase.astype(np.float32)[leaf]))
+
+    swing = wave(0.0)
+    check = (kind == 4)[leaf]
+    swing[check] = 1.4 * np.sign(swing[check] * wave(math.pi / 2)[check])
+    level.ravel()[wavy] += swing * strength.astype(np.float32)[leaf]
+    return np.stack([at(colour[:, c]) + level * at(texture_colour[:, c]) for c in range(channels)])
+
+
+def _palette(rng: np.random.Generator, count: int, channels: int) -> tuple[Array, Array]:
+    """Colour and direction of texture of each leaf, (count, channels) each.
+
+    A picture has 3 to 8 base colours. Luminance varies most; red-green and blue-yellow deviate by a share
+    of it that differs between pictures, so that some are grey and few are gaudy.
+    """
+    entries = int(rng.integers(3, 9))
+    chroma = rng.gamma(2.0, 0.1)
+    opponent = np.array([[1.0, 1.0, 1.0], [0.7, -0.5, 0.1], [0.4, 0.2, -0.9]])
+    amounts = np.array([1.0, chroma, chroma])
+    base = rng.normal(size=(entries, 3)) * amounts
+    own = base[rng.integers(0, entries, count)] + rng.normal(size=(count, 3)) * amounts * 0.25
+    texture = np.concatenate([np.ones((count, 1)), rng.normal(size=(count, 2)) * chroma * 0.5], axis=1)
+    if channels == 1:
+        return own[:, :1], np.ones((count, 1))
+    return own @ opponent, texture @ opponent
+
+
+def _smooth(x: Array, axis: int) -> Array:
+    """Binomial smoothing [1, 2, 1] / 4 along one axis of (channels, height, width), edges repeated."""
+    out = 2 * x
+    a, b = np.moveaxis(out, axis, 0), np.moveaxis(x, axis, 0)
+    a[1:] += b[:-1]
+    a[:-1] += b[1:]
+    a[0] += b[0]
+    a[-1] += b[-1]
+    out *= np.float32(0.25)
+    return out

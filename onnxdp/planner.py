@@ -1,0 +1,207 @@
+"""Choose what becomes of every weight: the least damage at the network's output within the bytes, or the reverse.
+
+Damage of a weight is taken as a function of its local error, d(e^2), known at the points where it was measured at the
+network's output, a straight line in logarithms between them and proportional to e^2 beyond. All weights are chosen at
+once by one Lagrange multiplier (method.md 1.5); whoever conducts measures where the choice falls and chooses again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxdp.records import Array, Candidate, Weight
+
+NEAR = 1.3
+"""A measurement within this factor of a candidate's squared error speaks for it."""
+
+
+@dataclass(slots=True)
+class Curve:
+    """Damage as a function of a weight's squared local error: measured points, ascending."""
+
+    squares: list[float] = field(default_factory=list)
+    damages: list[float] = field(default_factory=list)
+    scale: float = 1.0
+    """What the joint check found the weight's damage to be, over what it is alone."""
+
+    def add(self, square: float, damage: float) -> None:
+        """Add a measurement."""
+        place = bisect.bisect_left(self.squares, square)
+        self.squares.insert(place, square)
+        self.damages.insert(place, max(damage, 1e-14))
+
+    def known(self, square: float) -> bool:
+        """Whether a measurement near this squared error exists."""
+        return any(square <= s * NEAR and s <= square * NEAR for s in self.squares)
+
+    def __call__(self, squares: Array) -> Array:
+        """Return the damage at each squared error."""
+        e = np.maximum(np.asarray(squares, np.float64), 1e-300)
+        if not self.squares:
+            return self.scale * e
+        xs, ys = np.log(self.squares), np.log(self.damages)
+        ys = np.maximum.accumulate(ys)
+        inside = np.interp(np.log(e), xs, ys)
+        beyond = np.where(np.log(e) < xs[0], np.log(e) - xs[0], np.maximum(np.log(e) - xs[-1], 0.0))
+        return self.scale * np.exp(inside + beyond)
+
+
+@dataclass(slots=True)
+class Item:
+    """Weights that are decided together: one alone, or several that may share arrays.
+
+    ``alone`` holds the candidates of each weight by itself, ``together`` those of all at once; in either the first
+    of a weight's candidates is to keep it.
+    """
+
+    names: tuple[str, ...]
+    alone: dict[str, tuple[Candidate, ...]]
+    together: tuple[tuple[Candidate, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One candidate per weight, the bytes they take and the damage that the curves foresee."""
+
+    candidates: Mapping[str, Candidate]
+    nbytes: int
+    damage: float
+
+
+KEEP = "keep"
+
+
+def keep(weight: Weight) -> Candidate:
+    """Return the candidate that changes nothing."""
+    return Candidate(weight.name, KEEP, {}, weight.nbytes, 0.0, 0.0)
+
+
+def cheapest(items: Sequence[Item], overhead: Mapping[str, int]) -> Choice:
+    """Return the smallest choice there is, whatever it costs."""
+    return _collect((_pick(item, {}, math.inf, overhead) for item in items), {}, overhead)
+
+
+def choose(
+    items: Sequence[Item], curves: Mapping[str, Curve], budget: int, overhead: Mapping[str, int]
+) -> Choice | None:
+    """Return the choice of least foreseen damage within ``budget`` bytes; None where there is none.
+
+    Parameters
+    ----------
+    items : sequence of Item
+    curves : mapping of str to Curve
+    budget : int
+        Bytes for all candidates and what decodes them.
+    overhead : mapping of str to int
+        Method name -> bytes of the operators that decode one weight.
+    """
+    least = cheapest(items, overhead)
+    if least.nbytes > budget:
+        return None
+    low, high = -80.0, 20.0  # log of damage per byte
+    best = at_price(items, curves, math.exp(low), overhead)
+    if best.nbytes > budget:
+        best = least
+        for _ in range(50):
+            middle = (low + high) / 2
+            tried = at_price(items, curves, math.exp(middle), overhead)
+            if tried.nbytes <= budget:
+                high, best = middle, tried
+            else:
+                low = middle
+    return _fill(items, curves, best, budget, overhead)
+
+
+def at_price(
+    items: Sequence[Item], curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
+) -> Choice:
+    """Return the choice that minimises damage + price * bytes."""
+    return _collect((_pick(item, curves, price, overhead) for item in items), curves, overhead)
+
+
+def bytes_of(candidate: Candidate, overhead: Mapping[str, int]) -> int:
+    """Bytes of a candidate with the operators that decode it."""
+    return candidate.nbytes + overhead.get(candidate.method, 0)
+
+
+def _pick(
+    item: Item, curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
+) -> tuple[Candidate, ...]:
+    """Return the item's best candidates at a price: each weight by itself, or all together."""
+    own = [_best([(c,) for c in item.alone[n]], curves, price, overhead) for n in item.names]
+    alone = tuple(c for _, chosen in own for c in chosen)
+    if not item.together:
+        return alone
+    cost, together = _best(item.together, curves, price, overhead)
+    return together if cost < sum(c for c, _ in own) else alone
+
+
+def _best(
+    options: Sequence[tuple[Candidate, ...]], curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
+) -> tuple[float, tuple[Candidate, ...]]:
+    sizes = np.array([sum(bytes_of(c, overhead) for c in option) for option in options], np.float64)
+    if math.isinf(price):
+        best = int(np.argmin(sizes))
+        return float(sizes[best]), options[best]
+    cost = price * sizes
+    for place in range(len(options[0])):
+        squares = np.array([option[place].error ** 2 for option in options])
+        kept = np.array([option[place].method == KEEP for option in options])
+        cost += np.where(kept, 0.0, curves[options[0][place].weight](squares))
+    best = int(np.argmin(cost))
+    return float(cost[best]), options[best]
+
+
+def _collect(
+    picked: Iterable[tuple[Candidate, ...]], curves: Mapping[str, Curve], overhead: Mapping[str, int]
+) -> Choice:
+    candidates = {c.weight: c for chosen in picked for c in chosen}
+    return Choice(
+        candidates,
+        sum(bytes_of(c, overhead) for c in candidates.values()),
+        sum(foreseen(c, curves) for c in candidates.values()),
+    )
+
+
+def foreseen(candidate: Candidate, curves: Mapping[str, Curve]) -> float:
+    """Return the damage that a candidate's curve foresees."""
+    if candidate.method == KEEP or candidate.weight not in curves:
+        return 0.0
+    return float(curves[candidate.weight](np.array([candidate.error**2]))[0])
+
+
+def _fill(
+    items: Sequence[Item], curves: Mapping[str, Curve], choice: Choice, budget: int, overhead: Mapping[str, int]
+) -> Choice:
+    """Spend what the multiplier left over: the swap of one weight that saves most damage per byte, while one fits."""
+    candidates = dict(choice.candidates)
+    slack = budget - choice.nbytes
+    shared = {n for item in items if item.together for n in item.names if "dictionary" in candidates[n].params}
+    options: dict[str, tuple[Array, Array, tuple[Candidate, ...]]] = {}
+    for item in items:
+        for name, own in item.alone.items():
+            if name not in shared:
+                sizes = np.array([bytes_of(c, overhead) for c in own], np.float64)
+                damages = np.array([foreseen(c, curves) for c in own])
+                options[name] = (sizes, damages, own)
+    while slack > 0:
+        best: tuple[float, str, int] | None = None
+        for name, (sizes, damages, _) in options.items():
+            now = candidates[name]
+            size, damage = bytes_of(now, overhead), foreseen(now, curves)
+            gain = np.where((sizes > size) & (sizes <= size + slack), damage - damages, -1.0)
+            rate = gain / np.maximum(sizes - size, 1.0)
+            place = int(np.argmax(rate))
+            if gain[place] > 0 and (best is None or rate[place] > best[0]):
+                best = (float(rate[place]), name, place)
+        if best is None:
+            break
+        _, name, place = best
+        slack -= int(options[name][0][place]) - bytes_of(candidates[name], overhead)
+        candidates[name] = options[name][2][place]
+    return _collect([tuple(candidates.values())], curves, overhead)

@@ -1,0 +1,247 @@
+"""What each weight sees of the probes: sampled rows of its input, gathered in streamed runs of ONNX Runtime.
+
+Rows are kept rather than second moments: a 25088-wide input needs no 25088 x 25088 matrix, and X W is cheaper than H W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp.network import Network
+from onnxdp.probes import Probes
+from onnxdp.records import Array, Weight
+from onnxdp.weights import Found, Reader, can_centre
+
+MAX_BYTES = 192_000_000
+"""Rows held at a time; weights beyond are gathered in further runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Rows that one weight multiplies.
+
+    Attributes
+    ----------
+    samples : ndarray of shape (groups, rows, inputs), float32
+        Divided by sqrt(rows); centred where ``mean`` is given.
+    mean : ndarray of shape (groups, inputs), float32, or None
+        None where the bias cannot take it up.
+    """
+
+    samples: Array
+    mean: Array | None
+
+
+def rows_wanted(weight: Weight) -> int:
+    """Return the sampled rows for a weight: four for each input, 1024 to 4096."""
+    return int(np.clip(4 * weight.inputs, 1024, 4096))
+
+
+def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Sequence[Weight]]]:
+    """Split items (weights decided together) into runs whose rows fit into memory together."""
+    held: list[Sequence[Weight]] = []
+    total = 0
+    for item in items:
+        nbytes = sum(
+            4 * min(rows_wanted(w), samples * max(1, w.positions)) * w.inputs * w.groups for w in item
+        )
+        if held and total + nbytes > MAX_BYTES:
+            yield held
+            held, total = [], 0
+        held.append(item)
+        total += nbytes
+    if held:
+        yield held
+
+
+def gather(
+    network: Network, found: Found, chosen: Sequence[Weight], probes: Probes, *, seed: int
+) -> dict[str, Seen]:
+    """Run the probes and sample the inputs of the chosen weights.
+
+    Parameters
+    ----------
+    network : Network
+        The original.
+    found : Found
+    chosen : sequence of Weight
+        A weight none of whose readers lies in the outermost graph is left out of the result.
+    probes : Probes
+    seed : int
+        Of the choice of rows.
+
+    Returns
+    -------
+    dict of str to Seen
+    """
+    taps = {w.name: _taps(found, w) for w in chosen}
+    wanted = sorted({t.source for group in taps.values() for t in group})
+    if not wanted:
+        return {}
+    session = network.session(wanted)
+    rows: dict[str, list[Array]] = {w.name: [] for w in chosen}
+    for number, feed in enumerate(probes.feeds):
+        outputs = network.run(session, feed, wanted, {})
+        for order, weight in enumerate(chosen):
+            share = math.ceil(rows_wanted(weight) / len(probes.feeds) / max(1, len(taps[weight.name])))
+            generator = np.random.default_rng((seed, number, order))
+            for tap in taps[weight.name]:
+                activation = np.asarray(outputs[tap.source], np.float32)
+                rows[weight.name].append(tap.sample(weight, activation, share, generator))
+    return {
+        w.name: _seen(np.concatenate(rows[w.name], axis=1), can_centre(found, w)) for w in chosen if rows[w.name]
+    }
+
+
+def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
+    """Count the output positions of one sample that each weight multiplies (absent where it cannot be seen)."""
+    taps = {w.name: _taps(found, w) for w in found.weights}
+    wanted = sorted({t.source for group in taps.values() for t in group})
+    if not wanted:
+        return {}
+    outputs = network.run(network.session(wanted), feed, wanted, {})
+    return {
+        w.name: sum(t.count(w, outputs[t.source].shape) for t in taps[w.name]) // samples
+        for w in found.weights
+        if taps[w.name]
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """One place where a weight meets activations: the tensor's name and the reader's geometry."""
+
+    source: str
+    reader: Reader
+
+    def sample(self, weight: Weight, x: Array, count: int, generator: np.random.Generator) -> Array:
+        """Return (groups, at most ``count``, inputs) rows."""
+        if self.reader.node.op_type == "Conv":
+            return _patches(weight, x, _geometry(self.reader.node, weight, x.shape), count, generator)
+        flat = self._flat(weight, x)
+        picked = generator.choice(len(flat), min(count, len(flat)), replace=False)
+        return flat[np.sort(picked)][None]
+
+    def count(self, weight: Weight, shape: tuple[int, ...]) -> int:
+        """Return the rows there are, of all samples."""
+        if self.reader.node.op_type == "Conv":
+            return shape[0] * int(np.prod(_geometry(self.reader.node, weight, shape).outputs))
+        return int(np.prod(shape)) // weight.inputs
+
+    def _flat(self, weight: Weight, x: Array) -> Array:
+        """Rows of a Gemm or MatMul: the last axis of x on the left, the last but one of x on the right."""
+        node = self.reader.node
+        turned = node.attributes.get("transA" if self.reader.index == 1 else "transB")
+        turn = (turned is not None and bool(turned.as_int())) != (self.reader.index == 0)
+        if turn and x.ndim > 1:
+            x = x.swapaxes(-1, -2)
+        return x.reshape(-1, weight.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    begins: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def _taps(found: Found, weight: Weight) -> list[_Tap]:
+    """Return the activations in the outermost graph that meet the weight."""
+    if weight.op not in ("Conv", "Gemm", "MatMul"):
+        return []
+    taps = []
+    for reader in found.readers[weight.name]:
+        node = reader.node
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.graph is not found.graph:
+            continue
+        value = node.inputs[1 - reader.index]
+        if value is not None and value.name and ir.convenience.get_const_tensor(value) is None:
+            taps.append(_Tap(value.name, reader))
+    return taps
+
+
+def sources(found: Found) -> dict[str, str]:
+    """Name the tensor (with the reader's geometry) that each weight reads, where it is one."""
+    result = {}
+    for weight in found.weights:
+        taps = _taps(found, weight)
+        if len(taps) == len(found.readers[weight.name]) == 1:
+            node = taps[0].reader.node
+            geometry = sorted((k, str(a.value)) for k, a in node.attributes.items())
+            result[weight.name] = f"{taps[0].source} {node.op_type} {geometry}"
+    return result
+
+
+def _seen(rows: Array, centre: bool) -> Seen:
+    count = rows.shape[1]
+    mean = rows.mean(axis=1, dtype=np.float64).astype(np.float32) if centre else None
+    if mean is not None:
+        rows = rows - mean[:, None, :]
+    return Seen(rows / np.float32(math.sqrt(count)), mean)
+
+
+def _geometry(node: ir.Node, weight: Weight, shape: tuple[int, ...]) -> _Geometry:
+    spatial = len(shape) - 2
+    kernel = weight.shape[2:]
+
+    def ints(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        attribute = node.attributes.get(name)
+        return tuple(attribute.as_ints()) if attribute is not None else default
+
+    strides, dilations = ints("strides", (1,) * spatial), ints("dilations", (1,) * spatial)
+    pads = ints("pads", (0,) * (2 * spatial))
+    auto = node.attributes.get("auto_pad")
+    mode = auto.as_string() if auto is not None else "NOTSET"
+    reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        outputs = tuple(-(-n // s) for n, s in zip(shape[2:], strides, strict=True))
+        total = [
+            max(0, (o - 1) * s + r - n) for o, s, r, n in zip(outputs, strides, reach, shape[2:], strict=True)
+        ]
+        begins = tuple(t // 2 if mode == "SAME_UPPER" else t - t // 2 for t in total)
+        return _Geometry(kernel, strides, dilations, begins, outputs)
+    if mode == "VALID":
+        pads = (0,) * (2 * spatial)
+    outputs = tuple(
+        (n + pads[i] + pads[i + spatial] - reach[i]) // strides[i] + 1 for i, n in enumerate(shape[2:])
+    )
+    return _Geometry(kernel, strides, dilations, pads[:spatial], outputs)
+
+
+def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.random.Generator) -> Array:
+    """Return (groups, rows, inputs): im2col at sampled output positions, zeros beyond the border."""
+    total = x.shape[0] * int(np.prod(g.outputs))
+    picked = np.sort(generator.choice(total, min(count, total), replace=False))
+    image, *places = np.unravel_index(picked, (x.shape[0], *g.outputs))
+    patches = np.zeros((len(picked), x.shape[1], weight.tap), np.float32)
+    for tap, offsets in enumerate(product(*(range(k) for k in g.kernel))):
+        at = [
+            p * s + o * d - b for p, s, o, d, b in zip(places, g.strides, offsets, g.dilations, g.begins, strict=True)
+        ]
+        inside = np.all([(0 <= a) & (a < n) for a, n in zip(at, x.shape[2:], strict=True)], axis=0)
+        index = tuple(a[inside] for a in at)
+        patches[inside, :, tap] = x[(image[inside], slice(None), *index)]
+    rows = patches.reshape(len(picked), weight.groups, weight.inputs)
+    return rows.swapaxes(0, 1)
+
+
+def bias_shift(weight: Weight, mean: Array, change: Array) -> Array:
+    """Return what the bias must gain when W becomes W - change: mean^T change, (groups * outputs,) float32.
+
+    ``change`` is a stack (groups, inputs, outputs), ``mean`` (groups, inputs). method.md 1.3: b' = b + (W - W')^T mu.
+    """
+    shift: Array = np.einsum("gm,gmn->gn", mean.astype(np.float64), change.astype(np.float64))
+    return shift.reshape(-1).astype(np.float32)
+
+
+def macs(weights: Sequence[Weight], positions_of: Mapping[str, int]) -> int:
+    """Return the multiply-accumulates of one sample through the weights."""
+    return sum(w.size * positions_of.get(w.name, 0) for w in weights)

@@ -1,0 +1,124 @@
+"""Going through models: all graphs, nodes and tensors of an ``onnx_ir.Model`` or of a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+
+def deep(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Give all nodes, those of subgraphs included."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from deep(attribute.g.node)
+            for graph in attribute.graphs:
+                yield from deep(graph.node)
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """Give all graphs: the main one, function bodies, and what is nested in them."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield function.graph
+        yield from function.subgraphs()
+
+
+def each_tensor(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> None:
+    """Put ``change(tensor)`` in the place of every initializer and of every tensor in an attribute."""
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = change(value.const_value)
+        for node in graph:
+            for name, attr in list(node.attributes.items()):
+                if attr.is_ref() or attr.type not in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+                    continue
+                one = attr.type == ir.AttributeType.TENSOR
+                old = (attr.value,) if one else tuple(attr.value)
+                new = tuple(change(t) for t in old)
+                if any(a is not b for a, b in zip(old, new, strict=True)):
+                    node.attributes[name] = ir.Attr(
+                        name, attr.type, new[0] if one else new, doc_string=attr.doc_string
+                    )
+
+
+def tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Give every tensor, those in attributes included."""
+    found: list[ir.TensorProtocol] = []
+
+    def note(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        found.append(tensor)
+        return tensor
+
+    each_tensor(model, note)
+    return found
+
+
+def initializers(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Give the tensors of all initializers."""
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+
+
+def value_infos(proto: ModelProto) -> Iterator[tuple[str, Any]]:
+    """Give the value_info lists of all graphs and functions, each with a name of its scope."""
+    yield "", proto.graph.value_info
+    yield from _nested(proto.graph.node, "")
+    for function in proto.functions:
+        scope = f"{function.domain}:{function.name}:{function.overload}"
+        yield scope, function.value_info
+        yield from _nested(function.node, scope)
+
+
+def _nested(nodes: Iterable[NodeProto], scope: str) -> Iterator[tuple[str, Any]]:
+    for node in nodes:
+        for attribute in node.attribute:
+            one = attribute.type == AttributeProto.GRAPH
+            for i, graph in enumerate((attribute.g,) if one else attribute.graphs):
+                inner = f"{scope}/{node.output[0] if node.output else node.name}.{attribute.name}{i}"
+                yield inner, graph.value_info
+                yield from _nested(graph.node, inner)
+
+
+def drop_initializer_infos(proto: ModelProto) -> None:
+    """Take off the value_info that onnx-ir adds for every initializer when it serializes."""
+    for graph in (proto.graph, *subgraphs(top_nodes(proto))):
+        weights = {t.name for t in graph.initializer}
+        kept = [v for v in graph.value_info if v.name not in weights]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+
+
+def tensor_protos(proto: ModelProto) -> Iterator[TensorProto]:
+    """Give every TensorProto of a message."""
+    yield from proto.graph.initializer
+    for node in deep(top_nodes(proto)):
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+    for graph in subgraphs(top_nodes(proto)):
+        yield from graph.initializer
+
+
+def top_nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """Give the nodes of the main graph and of all functions, without what is nested in them."""
+    yield from proto.graph.node
+    for function in proto.functions:
+        yield from function.node
+
+
+def subgraphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """Give all graphs nested in the attributes of nodes."""
+    for node in deep(nodes):
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield attribute.g
+            yield from attribute.graphs

@@ -1,0 +1,144 @@
+"""ReplaceWeights: each planned weight becomes its form's operators.
+
+W -> emit(form, encoded); where the mean was centred away, b -> b + mean^T (W - W').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp.build import Builder, Names
+from onnxdp.methods.form import Form
+from onnxdp.passes.lift import drop
+from onnxdp.records import Array, Encoded, Weight
+from onnxdp.weights import Found, Reader
+
+METADATA_KEY = "onnxdp"
+
+
+class ReplaceWeights(ir.passes.InPlacePass):
+    """Rewrite the readers of every encoded weight.
+
+    Parameters
+    ----------
+    found : Found
+        Weights of the very model that the pass is called on.
+    encoded : sequence of Encoded
+    forms : mapping of str to Form
+        By method name.
+    shifts : mapping of str to ndarray of shape (outputs,)
+        What the bias behind a weight gains; a weight without an entry keeps its bias.
+    provenance : str
+        Entry written into the model's metadata.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        encoded: Sequence[Encoded],
+        forms: Mapping[str, Form],
+        shifts: Mapping[str, Array],
+        provenance: str,
+    ) -> None:
+        super().__init__()
+        self._found = found
+        self._encoded = encoded
+        self._forms = forms
+        self._shifts = shifts
+        self._provenance = provenance
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Return whether there was a weight to replace."""
+        names = Names(model)
+        store: dict[tuple[int, str], ir.Value] = {}
+        weights = {w.name: w for w in self._found.weights}
+        for encoded in self._encoded:
+            self._replace(weights[encoded.weight], encoded, names, store)
+        if self._encoded:
+            model.metadata_props[METADATA_KEY] = self._provenance
+        return ir.passes.PassResult(model, modified=bool(self._encoded))
+
+    def _replace(
+        self, weight: Weight, encoded: Encoded, names: Names, store: dict[tuple[int, str], ir.Value]
+    ) -> None:
+        value = self._found.values[weight.name]
+        readers = self._found.readers[weight.name]
+        constant = value.producer()
+        graph = value.graph
+        assert graph is not None
+        build = Builder(graph, value.name or weight.name, names, store)
+        alone = readers[0] if single(readers) and readers[0].node.graph is graph else None
+        if weight.name in self._shifts:
+            shift_bias(readers[0].node, self._shifts[weight.name], build)
+        new = self._forms[encoded.method].emit(build, weight, encoded, alone)
+        if new is not None:
+            value.replace_all_uses_with(new)
+            anchor = constant or graph[0]
+        else:
+            assert alone is not None
+            anchor = alone.node
+        graph.insert_before(anchor, build.nodes)
+        drop(value)
+
+
+def single(readers: Sequence[Reader]) -> bool:
+    """Whether one operator reads the weight, and nothing lies between."""
+    return len(readers) == 1 and readers[0].direct
+
+
+def shift_bias(node: ir.Node, shift: Array, build: Builder) -> None:
+    """Add ``shift`` (outputs,) to what the node puts out, at no cost where something constant can take it up."""
+    alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        normalise = _following_normalisation(node)
+        if normalise is not None:  # (y + shift) - mean = y - (mean - shift)
+            mean = normalise.inputs[3]
+            _replace_constant(normalise, 3, mean, _array(mean) - alpha * shift, build)
+            return
+        node.resize_inputs(3)
+        node.replace_input_with(2, build.constant("bias", _like(alpha * shift, node.inputs[1])))
+        if "beta" in node.attributes:
+            del node.attributes["beta"]
+        return
+    if beta == 0:
+        return
+    _replace_constant(node, 2, bias, _array(bias) + alpha / beta * shift, build)
+
+
+def _replace_constant(node: ir.Node, index: int, old: ir.Value | None, new: Array, build: Builder) -> None:
+    assert old is not None
+    fresh = build.constant("bias" if index == 2 else "mean", _like(new, old))
+    node.replace_input_with(index, fresh)
+    if not old.uses() and not old.is_graph_output():
+        drop(old)
+
+
+def _following_normalisation(node: ir.Node) -> ir.Node | None:
+    """Return the BatchNormalization that alone reads the node, with a constant mean of its own."""
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output():
+        return None
+    after, index = uses[0]
+    if after.op_type != "BatchNormalization" or index != 0 or len(after.outputs) > 1:
+        return None
+    mean = after.inputs[3]
+    constant = mean is not None and ir.convenience.get_const_tensor(mean) is not None
+    return after if constant and mean is not None and not mean.is_graph_input() else None
+
+
+def _array(value: ir.Value | None) -> Array:
+    assert value is not None
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None
+    return tensor.numpy().astype(np.float64)
+
+
+def _like(array: Array, value: ir.Value | None) -> Array:
+    """Cast to the type of an existing constant."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return array.astype(np.float32 if tensor is None else tensor.numpy().dtype)
