@@ -8,6 +8,7 @@ chooses again, until the choice rests on measurements; then all are changed at o
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -131,6 +132,10 @@ class Search:
         log.info("foreseen damage %.4g, measured together %.4g, output error %.4g", choice.damage, damage, error)
         return choice
 
+    def smallest(self) -> Choice:
+        """Return the smallest choice there is."""
+        return planner.cheapest(self.items, self.overhead)
+
     def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
         """Return the candidates with the damage that their curves foresee."""
         return tuple(
@@ -139,7 +144,7 @@ class Search:
         )
 
 
-def price_for_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
+def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
     """Return the smallest choice found whose outputs, all weights changed at once, stay within ``limit``.
 
     Parameters
@@ -174,16 +179,9 @@ def price_for_error(search: Search, limit: float, evaluations: int = 10) -> Choi
 
 def _settled(search: Search, log_price: float, number: int) -> Choice:
     """Choose at a price, measuring once or twice where the choice falls."""
-    import math
-
     choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
     for _ in range(2):
         if not search._measure(choice, number):
             break
         choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
     return choice
-
-
-def smallest(items: Sequence[Item], overhead: Mapping[str, int]) -> int:
-    """Bytes of the smallest choice there is."""
-    return planner.cheapest(items, overhead).nbytes

@@ -38,12 +38,21 @@ class Workshop:
     device : {"cpu", "cuda"}
     """
 
-    def __init__(self, found: Found, forms: Sequence[Form], settings: Settings, *, device: str) -> None:
+    def __init__(
+        self,
+        found: Found,
+        forms: Sequence[Form],
+        settings: Settings,
+        *,
+        device: str,
+        keep_samples: bool = False,
+    ) -> None:
         self.found = found
         self.forms = {f.name: f for f in forms}
         self.weights = {w.name: w for w in found.weights}
         self._settings = settings
         self._device = device
+        self._keep_samples = keep_samples or settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
         self._means: dict[str, Array] = {}
         self._samples: dict[str, Array] = {}
@@ -79,7 +88,7 @@ class Workshop:
             for name, what in seen.items():
                 if what.mean is not None:
                     self._means[name] = what.mean
-                if self._settings.solver == "dpl":
+                if self._keep_samples:
                     self._samples[name] = what.samples
         progress("solving weights", total, total, "")
 

@@ -6,7 +6,7 @@ for all candidates of it (its suffix session starts from the tensors that are al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class Network:
             {bias_input(w.name): twin.readers[w.name][0].node for w in centred},
         )(copied.ir)
         self.proto = model_file.serialize(copied)
+        self.specification = _without_inputs(self.proto, self.fed)
         self._threads, self._provider = threads, provider
         self.outputs = [o.name for o in self.proto.graph.output]
         self._position = {
@@ -79,6 +80,18 @@ class Network:
     def run(self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes) -> dict[str, Array]:
         """Run one feed with some of the weights changed."""
         return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
+
+    def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
+        """Return a function that gives the scores of the classes, where the network has one output that looks like it."""
+        watched = _before_softmax(self.proto.graph)
+        if len(watched) != 1:
+            return None
+        session = self.session(watched)
+
+        def scores(feed: Mapping[str, Array]) -> Array:
+            return self.run(session, feed, watched, {})[watched[0]]
+
+        return scores
 
     def position(self, weight: str) -> int:
         """Return the place, in graph order, of the first node that reads the weight."""
@@ -224,6 +237,16 @@ def _before_softmax(graph: onnx.GraphProto) -> list[str]:
     return [
         made[o.name].input[0] if o.name in made and made[o.name].op_type == "Softmax" else o.name for o in graph.output
     ]
+
+
+def _without_inputs(proto: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.ModelProto:
+    """Return the inputs a caller feeds, with the nodes that tell what they mean."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    kept = [_copy(v) for v in made.graph.input if v.name not in fed]
+    del made.graph.input[:]
+    made.graph.input.extend(kept)
+    return made
 
 
 def _set_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:

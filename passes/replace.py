@@ -16,8 +16,6 @@ from onnxdp.passes.lift import drop
 from onnxdp.records import Array, Encoded, Weight
 from onnxdp.weights import Found, Reader
 
-METADATA_KEY = "onnxdp"
-
 
 class ReplaceWeights(ir.passes.InPlacePass):
     """Rewrite the readers of every encoded weight.
@@ -34,6 +32,9 @@ class ReplaceWeights(ir.passes.InPlacePass):
     provenance : str
         Entry written into the model's metadata.
     """
+
+    KEY = "onnxdp"
+    """Of the provenance entry in the model's metadata."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class ReplaceWeights(ir.passes.InPlacePass):
         for encoded in self._encoded:
             self._replace(weights[encoded.weight], encoded, names, store)
         if self._encoded:
-            model.metadata_props[METADATA_KEY] = self._provenance
+            model.metadata_props[self.KEY] = self._provenance
         return ir.passes.PassResult(model, modified=bool(self._encoded))
 
     def _replace(

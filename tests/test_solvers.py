@@ -181,6 +181,38 @@ def test_dpl_never_beats_exact_and_comes_near(m, n, power, admm, weighted):
     assert best * (1 - pair_bound(m, n, 24, EPS32)) <= reached <= 1.01 * best
 
 
+@pytest.mark.parametrize("admm", [False, True], ids=["simple", "admm"])
+@pytest.mark.parametrize("m, n", [(30, 14), (14, 30)])
+def test_dpl_is_the_published_iteration_written_out(m, n, admm):
+    """The formulas of method.md 1.1 with P and every inverse formed: the same atoms, so the same product."""
+    w, rank, tau = decaying(m, n, 0.5).astype(np.float64), 6, 0.05
+    start = matrix(m, rank, 4)
+    sigma = np.linalg.svd(w, compute_uv=False)
+    v = w / sigma[0]
+    low = (sigma[rank - 1] / sigma[0]) ** 2
+    gamma = 1e-3 * tau * low
+    d, p = start / np.linalg.norm(start, axis=0), np.zeros((rank, m))
+    for _ in range(3):
+        a = np.linalg.inv(d.T @ d + tau * np.eye(rank)) @ (d.T @ v + tau * p @ v)
+        if admm:
+            s, t, rho = d, np.zeros_like(d), 0.1 * low
+            for _ in range(100):
+                new = (v @ a.T + rho * (s - t)) @ np.linalg.inv(a @ a.T + rho * np.eye(rank))
+                s = (new + t) / np.maximum(1, np.linalg.norm(new + t, axis=0))
+                t, rho, change, d = t + new - s, 1.2 * rho, np.mean((new - d) ** 2), new
+                if change < 1e-8:
+                    break
+        else:
+            d = v @ a.T @ np.linalg.inv(a @ a.T + 1e-8 * np.trace(a @ a.T) / rank * np.eye(rank))
+        norms = np.linalg.norm(d, axis=0)
+        d, a = d / norms, a * norms[:, None]
+        p = tau * a @ v.T @ np.linalg.inv(tau * v @ v.T + gamma * np.eye(m))
+    written = d @ np.linalg.lstsq(d, w, rcond=None)[0]
+    atoms, codes = solvers.dpl(w, rank, start=start, iterations=3, admm=admm)
+    # the inverse of the analysis step has condition sigma_1^2 / gamma, that of the atoms step 1e8 at most
+    assert np.max(np.abs(atoms @ codes - written)) < 1e-9
+
+
 def test_more_rounds_come_nearer():
     w = decaying(288, 64, 0.3)
     start = matrix(288, 24, dtype=np.float32)
@@ -199,9 +231,9 @@ def test_randomized_keeps_its_bound(m, n, power, weighted):
     factored = solvers.randomized(w, rank, start=arrays.normal((n, rank + p), 1, w), moment=moment, power=2)
     codes = factored.right.T
     left = root.T @ (w - w @ factored.right @ codes)
-    factor = (1 + np.sqrt(rank / (p - 1)) + np.e * np.sqrt(rank + p) / p * np.sqrt(n - rank)) ** (1 / 6)
-    # the bound is for rank + p vectors; cutting them to rank adds at most sigma_(r+1) (Halko et al., theorem 9.3)
-    assert np.linalg.norm(left, 2) <= (1 + factor) * sigma[rank]
+    gain = 1 + np.sqrt(rank / (p - 1)) + np.e * np.sqrt(rank + p) / p * np.sqrt(n - rank)
+    # the bound is for rank + p vectors; cutting to rank adds at most sigma_(r+1) (Halko et al., theorem 9.3)
+    assert np.linalg.norm(left, 2) <= (1 + gain ** (1 / 6)) * sigma[rank]
     best = np.sum(sigma[rank:] ** 2)
     assert best * (1 - 1e-5) <= factored.tail(rank) <= 1.1 * best
 

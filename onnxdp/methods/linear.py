@@ -87,8 +87,8 @@ def leading(gram: Array, rank: int) -> tuple[Array, Array] | None:
     """Return the leading eigenvalues (..., rank) and -vectors (..., n, rank), or None if they did not settle.
 
     The space has 4 rank dimensions and is built in float32; the Rayleigh-Ritz step and the check are float64.
-    Accepted where sum_i |G v_i - theta_i v_i|^2 <= 1e-4 theta_rank tail (+ rounding). Measured: 2e-8 to 4e-6 of
-    the tail is lost for sigma_i ~ i^-0.3 ... i^-0.8, at most ten times what that sum says.
+    Accepted where sum_i |G v_i - theta_i v_i|^2 <= 1e-4 theta_rank tail (+ rounding). Measured: 2e-8 to 4e-6
+    of the tail is lost for sigma_i ~ i^-0.3 ... i^-0.8, at most ten times what that sum says.
 
     References
     ----------

@@ -368,7 +368,7 @@ def _least_squares_atoms(w: Array, codes: Array, atoms: Array, smallest: Array) 
 
 
 def _admm_atoms(w: Array, codes: Array, atoms: Array, smallest: Array) -> Array:
-    """ADMM for min ||W - D A||^2, columns of norm at most 1; rho is 0.1 sigma_r^2, then 1.2 times each round."""
+    """ADMM for min ||W - D A||^2, columns of norm at most 1; rho grows by 1.2 from 0.1 sigma_r^2."""
     xp = namespace(w)
     rows = xp.matrix_transpose(codes)
     gram, target = cross(rows, rows), double(w @ rows)
