@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from onnxdp import arrays, environment, model as model_file, planner, probes, runtime, stats, timing, verifier, weights
+from onnxdp import arrays, environment, guard, model as model_file, planner, probes, runtime, stats, timing, verifier, weights
 from onnxdp.damage import Search, within_error
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError, UsageError, VerifyError
@@ -27,6 +28,7 @@ from onnxdp.probes import Probes
 from onnxdp.records import (
     Array,
     BenchRow,
+    Candidate,
     Diagnosis,
     Encoded,
     File,
@@ -39,6 +41,7 @@ from onnxdp.records import (
     Verification,
     to_plain,
 )
+from onnxdp.refine import refine
 from onnxdp.settings import Progress, Settings, silent
 from onnxdp.weights import Found
 
@@ -47,8 +50,13 @@ MIN_GAIN = 0.01
 FIT_SHARE = 0.75
 """Share of the probes that weights are fitted on; damage is measured on the others."""
 
+REFIT_FROM = 0.05
+"""Relative output error from which refitting is tried: below, there is little for later layers to repair."""
+
+log = logging.getLogger(__name__)
+
 _ENCODING_SETTINGS = (
-    "method", "solver", "iterations", "unweighted", "freeze_initializers", "include", "exclude", "samples", "seed"
+    "method", "solver", "iterations", "unweighted", "refit", "freeze_initializers", "include", "exclude", "samples", "seed"
 )  # fmt: skip
 
 
@@ -215,7 +223,7 @@ class _Job:
     notices: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
-    search: Search | None = None
+    _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
 
     @classmethod
     def start(cls, source: Any, settings: Settings, progress: Progress, *, keep_samples: bool = False) -> _Job:
@@ -232,6 +240,7 @@ class _Job:
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)
             if not found.weights:
                 raise TargetError(f"Nothing to gain: {_why_nothing(found)}.")
+            guard.finite(model.ir, {id(weights.constant(found.values[w.name])): w.name for w in found.weights})
         with _clock(seconds, "probes"):
             network = Network(model, found)
             progress("making probe inputs", 0, 1, "")
@@ -251,14 +260,21 @@ class _Job:
             meter = Meter(self.network, self.held_out)
             meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
             search = Search.of(self.workshop, meter, self._overhead(), self.progress)
-            self._gain_possible(search)
+            reached = self._gain_possible(search)
             budget = self.settings.budget(self.model.nbytes)
-            choice = self._within_bytes(search, budget) if budget is not None else within_error(search, limit or 0.0)
-            self._worthwhile(choice, limit)
+            if budget is not None:
+                choice = self._within_bytes(search, budget, reached)
+            elif limit is not None:
+                choice = within_error(search, limit)
+            else:
+                choice = search.smallest()  # atoms are fixed: a pair wherever it pays
+            self._worthwhile(choice, search)
+        with _clock(self.seconds, "refitting"):
+            refit = self._refitted(search, choice)
         candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]
         named = {c.weight for c in candidates}
         kept = [Kept(w.name, self._why_kept(w.name), w.nbytes) for w in self.found.weights if w.name not in named]
-        settings = {k: v for k, v in to_plain(self.settings).items() if k in _ENCODING_SETTINGS}
+        settings = {k: v for k, v in to_plain(self.settings).items() if k in _ENCODING_SETTINGS} | {"refit": refit}
         return Plan(
             self.model.sha256, self.settings.target, budget, settings, tuple(candidates), (*kept, *self.found.kept)
         )
@@ -284,8 +300,7 @@ class _Job:
     ) -> Result:
         """Encode, rewrite, verify and write."""
         with _clock(self.seconds, "encoding"):
-            encoded = self.workshop.encode(made.choices)
-            shifts = self.workshop.shifts(encoded)
+            encoded, shifts = self._encoded or self._encode(made.choices, refit=bool(made.settings.get("refit")))
             result = self._rewritten(encoded, shifts)
         path = None if target is None else Path(target)
         given = Path(source) if isinstance(source, str | os.PathLike) else None
@@ -324,21 +339,48 @@ class _Job:
         )
         return Result(out, report)
 
-    def _within_bytes(self, search: Search, budget: int) -> Choice:
+    def _refitted(self, search: Search, choice: Choice) -> bool:
+        """Encode the choice; refitted where asked for, or where that measurably helps. Returns whether it was."""
+        candidates = list(choice.candidates.values())
+        self._encoded = self._encode(candidates, refit=False)
+        if self.settings.refit is False or (self.settings.refit is None and self.settings.unweighted):
+            return False
+        before, error = search.measured(*self._encoded)
+        if self.settings.refit is None and (error < REFIT_FROM or search.meter is None):
+            return False
+        refitted = self._encode(candidates, refit=True)
+        after, _ = search.measured(*refitted)
+        log.info("damage %.4g, refitted %.4g", before, after)
+        if self.settings.refit is None and after >= before:
+            return False
+        self._encoded = refitted
+        return True
+
+    def _encode(self, candidates: Sequence[Candidate], *, refit: bool) -> tuple[list[Encoded], dict[str, Array]]:
+        """Return the arrays of the candidates, and what the biases behind them gain."""
+        if refit:
+            return refine(self.workshop, self.network, self.fit, candidates, self.progress)
+        encoded = self.workshop.encode(candidates)
+        return encoded, self.workshop.shifts(encoded)
+
+    def _within_bytes(self, search: Search, budget: int, reached: int) -> Choice:
         """Choose within the whole file's budget: what decodes is weighed by building the result."""
-        fixed = self.model.nbytes - sum(w.nbytes for w in self.found.weights)
-        room = budget - fixed
+        if reached > budget:
+            raise TargetError(
+                f"The target ({self.settings.target}) is out of reach: the best reachable is {reached:,} bytes "
+                f"({self.model.nbytes / reached:.2f}x); ask for that (--size {reached}) or less."
+            )
+        room = budget - (self.model.nbytes - sum(w.nbytes for w in self.found.weights))
         for _ in range(6):
-            choice = search.within(room) if room > 0 else None
-            if choice is None:
-                raise TargetError(self._out_of_reach(search))
+            try:
+                choice = search.within(room)
+            except TargetError:  # by the estimate of what decodes; the exact count above says it can be reached
+                break
             over = self._size(choice) - budget
             if over <= 0:
-                break
+                return choice
             room -= max(over, 64)
-        else:
-            raise TargetError(self._out_of_reach(search))
-        return choice
+        return search.smallest()
 
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""
@@ -369,25 +411,29 @@ class _Job:
                 "The compressed model's outputs are not finite on the probe inputs and it was not written; "
                 "ask for less with --ratio, or give real inputs with --inputs."
             )
-        feed = self.held_out.feeds[0]
+        feed = self.held_out.rebatch(1).feeds[0]
         return found, timing.latency_ratio(original, compressed, feed, repeat=7)
 
-    def _gain_possible(self, search: Search) -> None:
-        smallest = search.smallest()
-        if self.model.nbytes - self._size(smallest) < MIN_GAIN * self.model.nbytes:
-            raise TargetError(f"Nothing to gain: {_why_nothing(self.found)}.")
-
-    def _worthwhile(self, choice: Choice, limit: float | None) -> None:
-        if limit is not None and self.model.nbytes - self._size(choice) < MIN_GAIN * self.model.nbytes:
-            raise TargetError(
-                f"Nothing to gain within an output error of {limit:g}; allow more with --max-error, or give --ratio."
-            )
-
-    def _out_of_reach(self, search: Search) -> str:
+    def _gain_possible(self, search: Search) -> int:
+        """Return the bytes of the smallest result there is."""
         reached = self._size(search.smallest())
-        return (
-            f"The target ({self.settings.target}) is out of reach: the best reachable is {reached:,} bytes "
-            f"({self.model.nbytes / reached:.2f}x); ask for that or less."
+        if self.model.nbytes - reached < MIN_GAIN * self.model.nbytes:
+            raise TargetError(f"Nothing to gain: {_why_nothing(self.found)}.")
+        return reached
+
+    def _worthwhile(self, choice: Choice, search: Search) -> None:
+        """Refuse to write what is the original once more."""
+        if self.model.nbytes - self._size(choice) >= MIN_GAIN * self.model.nbytes:
+            return
+        limit = self.settings.error_target
+        if limit is None:
+            raise TargetError(
+                f"Nothing to gain: the target ({self.settings.target}) lets the file stay as it is, "
+                f"{self.model.nbytes:,} bytes; ask for a smaller one."
+            )
+        raise TargetError(
+            f"Nothing to gain within an output error of {limit:g}: changing every weight as little as can be "
+            f"gives {search.mildest():.2g}; allow more with --max-error, or give --ratio."
         )
 
     def _why_kept(self, name: str) -> str:
@@ -448,7 +494,7 @@ def _probed(network: Network, found: Found, settings: Settings) -> tuple[Found, 
 
 def _samples_for(macs: int) -> int:
     """Return the number of probes that a network of so many multiply-accumulates per sample can afford."""
-    return int(np.clip(8e10 / max(macs, 1), 32, 256)) // 4 * 4
+    return int(np.clip(3e10 / max(macs, 1), 32, 768)) // 4 * 4
 
 
 def _probes_for(proto: Any, settings: Settings, network: Network | None) -> Probes:
@@ -494,9 +540,9 @@ def _compressible(found: Found, weight: Any) -> float | None:
     if weight.op not in ("Conv", "Gemm", "MatMul"):
         return None
     stack = weights.blocks(weight, weights.tensor_of(found, weight.name).astype(np.float32))
-    values = np.linalg.svd(stack, compute_uv=False) if min(stack.shape[-2:]) <= 1024 else None
-    if values is None:
+    if min(stack.shape[-2:]) > 1024 or not np.isfinite(stack).all():
         return None
+    values = np.linalg.svd(stack, compute_uv=False)
     energy = np.square(values.astype(np.float64)).sum(axis=0)
     rank = int(np.searchsorted(np.cumsum(energy), 0.99 * energy.sum()) + 1)
     return float(min(1.0, rank * (weight.inputs + weight.outputs) / (weight.inputs * weight.outputs)))

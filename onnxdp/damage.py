@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.network import Meter
 from onnxdp.planner import Choice, Curve, Item
-from onnxdp.records import Candidate
+from onnxdp.records import Array, Candidate, Encoded
 from onnxdp.settings import Progress
 
 ROUNDS = 6
 """Most rounds of measuring and choosing again."""
 FREE = 1e-5
 """Local errors whose square is below this are not worth a measurement (float16 has about 1e-7)."""
+
+SMALL = 0.05
+"""Share of the bytes whose holders, the smallest weights, stay float16 unless the target needs them."""
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,9 @@ class Search:
     overhead: Mapping[str, int]
     curves: dict[str, Curve]
     progress: Progress
+    shares: tuple[float, ...] = (0.75, 0.5, 0.3)
+    _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
+    _scanned: bool = False
 
     @classmethod
     def of(cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress) -> Search:
@@ -56,7 +62,9 @@ class Search:
         TargetError
             Not even the smallest candidates fit.
         """
-        self._scan()
+        if not self._scanned:
+            self._scan()
+            self._scanned = True
         choice = self._choose(budget)
         for number in range(ROUNDS):
             if not self._measure(choice, number):
@@ -64,23 +72,46 @@ class Search:
             choice = self._choose(budget)
         return self._repaired(choice, budget)
 
-    def _scan(self, shares: Sequence[float] = (0.75, 0.5, 0.3)) -> None:
-        """Measure each weight alone at some shares of its float16 bytes, so that every curve has a foot to stand on."""
+    def _scan(self) -> None:
+        """Measure weights alone at a few shares of their float16 bytes, so that every curve has a foot to stand on.
+
+        The small weights that together hold 1/20 of the bytes are left at float16 unless the target needs them: they
+        can save little, and in a convolutional network they are the ones whose suffix is the whole network.
+        """
         if self.meter is None:
             return
-        for done, (name, own) in enumerate((n, o) for item in self.items for n, o in item.alone.items()):
-            self.progress("measuring damage", done, len(self.curves), name)
-            if name not in self.meter.network.fed:
-                continue
-            dense = 2 * self.workshop.weights[name].size
-            inexact = [c for c in own if c.error**2 > FREE]
-            for share in shares if inexact else ():
-                c = min(inexact, key=lambda c: abs(c.nbytes - share * dense))
-                if not self.curves[name].known(c.error**2):
-                    self.curves[name].add(c.error**2, self._alone(c))
+        sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
+        worth = _largest(sizes, 1 - SMALL)
+        for done, name in enumerate(worth):
+            self.progress("measuring damage", done, len(worth), name)
+            self._scan_one(name, sizes[name])
+        for item in self.items:
+            for name in set(item.names) & (set(sizes) - set(worth)):
+                self._spare[name] = item.alone[name]
+                item.alone[name] = tuple(c for c in item.alone[name] if c.error**2 <= FREE)
+
+    def _scan_one(self, name: str, size: int) -> None:
+        own = next(item.alone[name] for item in self.items if name in item.names)
+        inexact = [c for c in own if c.error**2 > FREE]
+        for share in self.shares if inexact else ():
+            c = min(inexact, key=lambda c: abs(c.nbytes - share * 2 * size))
+            if not self.curves[name].known(c.error**2):
+                self.curves[name].add(c.error**2, self._alone(c))
+
+    def _give_spare(self) -> bool:
+        """Put the small weights' other candidates back; returns whether there were any."""
+        assert self.meter is not None or not self._spare
+        given = bool(self._spare)
+        for item in self.items:
+            for name in set(item.names) & set(self._spare):
+                item.alone[name] = self._spare.pop(name)
+                self._scan_one(name, self.workshop.weights[name].size)
+        return given
 
     def _choose(self, budget: int) -> Choice:
         choice = planner.choose(self.items, self.curves, budget, self.overhead)
+        if choice is None and self._give_spare():
+            choice = planner.choose(self.items, self.curves, budget, self.overhead)
         if choice is None:
             raise TargetError("out of reach")
         return choice
@@ -106,7 +137,7 @@ class Search:
         assert self.meter is not None
         encoded = self.workshop.encode(self._with_sharers(candidate))
         own = [e for e in encoded if e.weight == candidate.weight]
-        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own))
+        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own, self.workshop.shifts(own)))
 
     def _with_sharers(self, candidate: Candidate) -> list[Candidate]:
         """Return the candidate and those that share its dictionary."""
@@ -124,7 +155,12 @@ class Search:
         if self.meter is None:
             return choice.damage, choice.damage**0.5
         encoded = self.workshop.encode(choice.candidates.values())
-        return self.meter.together(self.workshop.fed(self.meter.network, encoded))
+        return self.measured(encoded, self.workshop.shifts(encoded))
+
+    def measured(self, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> tuple[float, float]:
+        """Return (damage, relative output error) of encoded weights and shifted biases, all at once."""
+        assert self.meter is not None
+        return self.meter.together(self.workshop.fed(self.meter.network, encoded, shifts))
 
     def _repaired(self, choice: Choice, budget: int) -> Choice:
         """Compare the choice as a whole with the sum of its parts."""
@@ -136,12 +172,29 @@ class Search:
         """Return the smallest choice there is."""
         return planner.cheapest(self.items, self.overhead)
 
+    def mildest(self) -> float:
+        """Return the relative output error of changing every weight as little as any candidate does."""
+        own = {n: options for item in self.items for n, options in item.alone.items()}
+        least = {n: min(options[1:] or options, key=lambda c: c.error) for n, options in own.items()}
+        return self.together(Choice(least, 0, 0.0))[1]
+
     def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
         """Return the candidates with the damage that their curves foresee."""
         return tuple(
             c if c.method == planner.KEEP else replace(c, damage=planner.foreseen(c, self.curves))
             for c in choice.candidates.values()
         )
+
+
+def _largest(sizes: Mapping[str, int], share: float) -> list[str]:
+    """Return the largest weights that hold ``share`` of the numbers, in graph order."""
+    total, held, chosen = sum(sizes.values()), 0, set()
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
+        if held >= share * total:
+            break
+        chosen.add(name)
+        held += sizes[name]
+    return [n for n in sizes if n in chosen]
 
 
 def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:

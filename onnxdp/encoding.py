@@ -72,7 +72,7 @@ class Workshop:
         for chunk in stats.chunks(items, probes.samples if probes else 1):
             members = [w for item in chunk for w in item]
             seen: dict[str, Seen] = {}
-            if network is not None and probes is not None and not self._settings.unweighted:
+            if network is not None and probes is not None:
                 seen = stats.gather(network, self.found, members, probes, seed=self._settings.seed)
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
@@ -148,17 +148,38 @@ class Workshop:
                 result[e.weight] = stats.bias_shift(weight, mean, weights.blocks(weight, change))
         return result
 
-    def fed(self, network: Network, encoded: Sequence[Encoded]) -> dict[str, Array]:
+    def fed(self, network: Network, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> dict[str, Array]:
         """Return weights and biases to feed the lifted network."""
         changes = {k: v for k, v in self.changes(encoded).items() if k in network.fed}
-        for name, shift in self.shifts(encoded).items():
-            key = bias_input(name)
-            if key in network.fed:
-                node = self.found.readers[name][0].node
-                alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
-                if beta:
-                    changes[key] = (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)
+        for name, shift in shifts.items():
+            changes.update(self.shifted_bias(network, name, shift))
         return changes
+
+    def shifted_bias(self, network: Network, name: str, shift: Array) -> dict[str, Array]:
+        """Return the bias input that makes the output behind a weight gain ``shift``; none where beta is 0."""
+        key = bias_input(name)
+        node = self.found.readers[name][0].node
+        alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
+        if key not in network.fed or not beta:
+            return {}
+        return {key: (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)}
+
+    def decode(self, encoded: Encoded) -> Array:
+        """Return the stored tensor's replacement, float32."""
+        return self.forms[encoded.method].decode(self.weights[encoded.weight], encoded)
+
+    def encode_one(self, candidate: Candidate, tensor: Array, samples: Array) -> Encoded:
+        """Encode another tensor in the form of a candidate that shares nothing, on other samples."""
+        weight = self.weights[candidate.weight]
+        form = self.forms[candidate.method]
+        task = Task(weight, tensor, None if self._settings.unweighted else samples, False)
+        with arrays.one_blas_thread():
+            return form.encode(task, candidate.params, self._settings, device=self._device)
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random choice."""
+        return self._settings.seed
 
     @property
     def _first(self) -> str:
@@ -172,7 +193,7 @@ class Workshop:
         taken: set[str] = set()
         groups: dict[Group, str] = {}
         for form in self.forms.values():
-            for group in form.groups(self.found.weights, sources):
+            for group in form.groups(self.found.weights, sources, everywhere=bool(self._settings.shared)):
                 if not taken & set(group):
                     taken.update(group)
                     groups[group] = form.name
@@ -185,14 +206,10 @@ class Workshop:
 
     def _task(self, weight: Weight, seen: Seen | None) -> Task:
         tensor = weights.tensor_of(self.found, weight.name)
-        if not np.isfinite(np.dot(tensor.reshape(-1)[:1], 0)).all() or not np.isfinite(tensor.sum(dtype=np.float64)):
-            raise ModelError(
-                f"{weight.name} holds values that are not finite numbers; repair the model, or leave the weight out "
-                f"with --exclude {weight.name}."
-            )
         readers = self.found.readers[weight.name]
         splittable = len(readers) == 1 and readers[0].direct
-        return Task(weight, tensor, seen.samples if seen else None, splittable)
+        samples = seen.samples if seen and not self._settings.unweighted else None
+        return Task(weight, tensor, samples, splittable)
 
     def _run(self, form: Form, group: Group, tasks: Mapping[str, Task]) -> Solved:
         return form.solve([tasks[n] for n in group], self._settings, device=self._device)

@@ -24,7 +24,7 @@ def require_free(path: Path | None, overwrite: bool) -> None:
         return
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a regular file and cannot be written; give another name.")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} exists; give another name, or --overwrite to replace it.")
     try:
         with tempfile.TemporaryFile(dir=path.resolve().parent):

@@ -19,11 +19,12 @@ import graphlib
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx_ir as ir
+from google.protobuf.message import Message  # type: ignore[import-untyped]  # protobuf ships no types
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from onnxdp import walk
@@ -75,9 +76,36 @@ def check(proto: ModelProto, name: str, folders: tuple[Path, ...]) -> External:
     if len(proto.training_info):
         raise ModelError(f"{name} holds training_info, which would be lost; export it for inference.")
     external = External(folders)
+    _refuse_bytes(proto, name)
     _Walk(name, external).model(proto)
     _refuse_bombs(proto, name)
     return external
+
+
+def finite(graph: ir.Model, weights: Mapping[int, str]) -> None:
+    """Refuse NaN in any tensor, and infinity in a weight (elsewhere it may mask).
+
+    Parameters
+    ----------
+    graph : onnx_ir.Model
+    weights : mapping of int to str
+        ``id(tensor)`` -> name of the weights.
+
+    Raises
+    ------
+    ModelError
+        Naming the tensor.
+    """
+    for tensor in walk.tensors(graph):
+        if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16 or not tensor.size:
+            continue
+        values = tensor.numpy()
+        low, high = float(values.min()), float(values.max())  # either is NaN where a value is
+        if math.isnan(low) or (id(tensor) in weights and (math.isinf(low) or math.isinf(high))):
+            raise ModelError(
+                f"{weights.get(id(tensor), tensor.name)} holds NaN or infinity, with which no model computes; "
+                "export or train it again."
+            )
 
 
 class _Walk:
@@ -119,11 +147,9 @@ class _Walk:
         self.outputs((v.name for v in graph.output), scope.union(*outer), graph.name)
 
     def names(self, names: Iterable[str], kind: str) -> set[str]:
-        """Collect names that must be text and all different."""
+        """Collect names that must all be different."""
         seen: set[str] = set()
         for name in names:
-            if not isinstance(name, str):  # protobuf hands out bytes where it finds no UTF-8
-                raise self.refuse(f"the {kind} {name!r} has a name that is not UTF-8; rename it")
             if name in seen:
                 raise self.refuse(f"the {kind} {name!r} is there twice; rename one")
             seen.add(name)
@@ -141,9 +167,6 @@ class _Walk:
         here = scopes[-1]
         for i, node in enumerate(nodes):
             label = f"{node.op_type}#{i}" if not node.name else f"{node.name}"
-            for text in (node.name, node.op_type, node.domain, *node.input, *node.output):
-                if not isinstance(text, str):
-                    raise self.refuse(f"node {label!r} has a name that is not UTF-8: {text!r}; rename it")
             for value in node.input:
                 if value and not any(value in scope for scope in scopes):
                     raise self.refuse(
@@ -202,6 +225,20 @@ class _Walk:
                 f"tensor {label!r} of shape {list(tensor.dims)} needs {needed} {unit} and has {found}; "
                 "export or download the model again"
             )
+
+
+def _refuse_bytes(message: Message, name: str) -> None:
+    """Refuse text that is not UTF-8: protobuf hands it out as bytes, which nobody can write back."""
+    for entry, value in message.ListFields():
+        if entry.type == entry.TYPE_MESSAGE:
+            for inner in (value,) if isinstance(value, Message) else value:
+                _refuse_bytes(inner, name)
+        elif entry.type == entry.TYPE_STRING:
+            for text in (value,) if isinstance(value, str | bytes) else value:
+                if not isinstance(text, str):
+                    raise ModelError(
+                        f"{name}: the text {text!r} ({entry.full_name}) is not UTF-8; export it again."
+                    )
 
 
 def nbytes(count: int, dtype: ir.DataType) -> int:

@@ -17,10 +17,9 @@ Every tensor stays as it was, byte for byte, typed fields (float_data) included.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -35,6 +34,7 @@ from google.protobuf.message import (  # type: ignore[import-untyped]  # protobu
 from onnx import ModelProto
 
 from onnxdp import guard, place, walk
+from onnxdp.draft import Draft, fits_inline, mapped
 from onnxdp.errors import ModelError, UsageError
 from onnxdp.records import File
 
@@ -45,15 +45,6 @@ if TYPE_CHECKING:
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes one protobuf message may have."""
-INLINE_LIMIT = 2_000_000_000
-"""Tensor bytes above which data goes into a file of its own; the rest of PROTOBUF_LIMIT is for the graph."""
-EXTERNAL_FROM = 1024
-"""Tensors smaller than this stay in the model file, where shape inference reads them."""
-ALIGNMENT = 64
-"""Offsets in a data file are multiples of this: a cache line; ONNX Runtime needs no more."""
-
-Layout: TypeAlias = dict[int, tuple[int, int]]
-"""``id(tensor) -> (offset, length)`` in the data file, in bytes."""
 
 
 @dataclass(slots=True)
@@ -136,11 +127,11 @@ def serialize(model: Model) -> ModelProto:
     ModelError
         It would be over 2 GB.
     """
-    if _tensor_bytes(model.ir) > INLINE_LIMIT:
+    if not fits_inline(model.ir):
         raise ModelError(
             "The result is over 2 GB and does not fit into one message; write it to a file instead."
         )
-    return _proto(model, {}, "")
+    return Draft.of(model.ir, model.original_value_info, external=False).proto()
 
 
 def give_back(model: Model, like: Source) -> ModelProto | ir.Model | gs.Graph:
@@ -155,20 +146,17 @@ def give_back(model: Model, like: Source) -> ModelProto | ir.Model | gs.Graph:
     return gs.import_onnx(proto)
 
 
-def output_size(model: Model, external: bool | None = None, target: Path | None = None) -> int:
+def output_size(model: Model, target: Path | None = None) -> int:
     """Count the bytes that :func:`write` would produce, data file included.
 
     Parameters
     ----------
-    external : bool, optional
-        Force or forbid a data file; default: as ``write`` decides.
     target : Path, optional
         Matters only where there is a data file, because every tensor repeats that file's name; default:
         the name of the source.
     """
-    layout, size = _layout(model, external)
     name = (target or model.path or Path("model.onnx")).name
-    return int(_proto(model, layout, place.data_name(name, "0" * 64)).ByteSize()) + size
+    return _draft(model).nbytes(name)
 
 
 def write(
@@ -205,7 +193,7 @@ def write(
             room.mkdir(mode=0o700)
         with place.lock(room):
             with place.disk(target):
-                draft, data, file = _draft(model, room, target.name)
+                draft, data, file = _draft(model).write(room, target.name)
             if check is not None:
                 check(draft)
             with place.disk(target):
@@ -216,16 +204,6 @@ def write(
         finally:  # Ctrl-C may fall into the removal itself
             place.settle(room, target, _data_files)
     return replace(file, path=os.fspath(target))
-
-
-def sha256_of(*paths: Path) -> str:
-    """Hash files, one after the other, without holding them in memory."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # Reading
@@ -243,7 +221,7 @@ def _read_file(path: Path) -> Model:
             raise ModelError(f"{path} is empty; export or download the model again.")
         if status.st_size > PROTOBUF_LIMIT:
             raise ModelError(f"{path} is over 2 GB, which no ONNX file can be; save it with external data.")
-        content = _map(path)
+        content = mapped(path)
     except FileNotFoundError as e:
         raise ModelError(f"{path} does not exist; check the path.") from e
     except OSError as e:
@@ -259,21 +237,13 @@ def _read_file(path: Path) -> Model:
     return _build(proto, digest, len(content), path, folders)
 
 
-def _map(path: Path) -> memoryview:
-    """Map a file read-only; the mapping outlives a file that is replaced or removed."""
-    with path.open("rb") as f:
-        if os.fstat(f.fileno()).st_size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-
-
 def _build(
     proto: ModelProto, digest: hashlib._Hash, nbytes: int, path: Path | None, folders: tuple[Path, ...]
 ) -> Model:
     """Check a message and turn it into a Model."""
     name = str(path or "The model")
     external = guard.check(proto, name, folders)
-    maps = {real: _map(real) for real in dict.fromkeys(external.files.values())}
+    maps = {real: mapped(real) for real in dict.fromkeys(external.files.values())}
     buffers = {location: maps[external.files[location]] for location in sorted(external.files)}
     for buffer in buffers.values():
         digest.update(buffer)
@@ -335,115 +305,14 @@ def _from_graphsurgeon(graph: gs.Graph) -> ModelProto:
 # Writing
 
 
-def _layout(model: Model, external: bool | None) -> tuple[Layout, int]:
-    """Decide which tensors go into a data file, and where; also give that file's size in bytes.
-
-    Tensors that share their memory (tied weights of one data file) are stored once.
-    """
-    if external is None:
-        external = model.external or _tensor_bytes(model.ir) > INLINE_LIMIT
-    layout: Layout = {}
-    regions: dict[tuple[int, int], int] = {}
-    end = 0
-    for tensor in walk.initializers(model.ir) if external else ():
-        if tensor.dtype == ir.DataType.STRING or tensor.nbytes < EXTERNAL_FROM or id(tensor) in layout:
-            continue
-        region = (_address(tensor), tensor.nbytes)
-        if region not in regions:
-            regions[region] = -(-end // ALIGNMENT) * ALIGNMENT
-            end = regions[region] + tensor.nbytes
-        layout[id(tensor)] = (regions[region], tensor.nbytes)
-    return layout, end
-
-
-def _tensor_bytes(model: ir.Model) -> int:
-    return sum(t.nbytes for t in walk.tensors(model) if t.dtype != ir.DataType.STRING)
-
-
-def _address(tensor: ir.TensorProtocol) -> int:
-    """Where a tensor's bytes lie in memory; something unique where it makes them anew each time."""
-    raw = getattr(tensor, "raw", None)
-    return int(raw.ctypes.data) if isinstance(raw, np.ndarray) and raw.flags.c_contiguous else -id(tensor)
-
-
-def _proto(model: Model, layout: Layout, location: str) -> ModelProto:
-    """Serialize without additions; tensors of ``layout`` become references into ``location``."""
-    graph = model.ir
-    if layout:
-        graph = graph.clone()
-        for g in walk.graphs(graph):
-            for value in g.initializers.values():
-                if (tensor := value.const_value) is not None and id(tensor) in layout:
-                    value.const_value = _reference(tensor, location, *layout[id(tensor)])
-    proto = ir.serde.serialize_model(graph)
-    for opset in proto.opset_import:
-        if not opset.domain:
-            opset.ClearField("domain")
-    _keep_value_info(proto, model.original_value_info)
-    for tensor in walk.tensor_protos(proto):
-        once = {e.key: e for e in tensor.metadata_props}
-        if len(once) < len(tensor.metadata_props):
-            kept_props = list(once.values())
-            del tensor.metadata_props[:]
-            tensor.metadata_props.extend(kept_props)
-    return proto
-
-
-def _keep_value_info(proto: ModelProto, names: Set[tuple[str, str]]) -> None:
-    """Take off every value_info but those of ``names``: pairs of a scope and a name."""
-    for scope, infos in walk.value_infos(proto):
-        kept = [v for v in infos if (scope, v.name) in names]
-        del infos[:]
-        infos.extend(kept)
-
-
-def _reference(tensor: ir.TensorProtocol, location: str, offset: int, length: int) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        location,
-        offset,
-        length,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=tensor.name or "",
-        doc_string=tensor.doc_string,
-        metadata_props=dict(tensor.metadata_props),
-    )
-
-
-def _draft(model: Model, room: Path, name: str) -> tuple[Path, Path | None, File]:
-    """Write the model, and its data file where there is one, into a temporary folder."""
-    layout, size = _layout(model, None)
-    data = _write_data(model, layout, room, name) if layout else None
-    try:
-        content = _proto(model, layout, data.name if data else "").SerializeToString(deterministic=True)
-    except EncodeError as e:
-        raise ModelError(
-            "The result is over 2 GB without its large initializers; lift its Constant nodes."
-        ) from e
-    draft = room / name
-    place.write(draft, content)
-    return draft, data, File(None, sha256_of(draft, *([data] if data else [])), len(content) + size)
-
-
-def _write_data(model: Model, layout: Layout, room: Path, name: str) -> Path:
-    """Write the tensors of ``layout`` and name the file after its content."""
-    tensors = {layout[id(t)]: t for t in walk.initializers(model.ir) if id(t) in layout}
-    path, digest, end = room / "data", hashlib.sha256(), 0
-    with path.open("wb") as f:
-        for (offset, length), tensor in tensors.items():
-            for block in (b"\0" * (offset - end), tensor.tobytes()):
-                digest.update(block)
-                f.write(block)
-            end = offset + length
-        f.flush()
-        os.fsync(f.fileno())
-    return path.rename(room / place.data_name(name, digest.hexdigest()))
+def _draft(model: Model) -> Draft:
+    return Draft.of(model.ir, model.original_value_info, external=model.external)
 
 
 def _data_files(path: Path) -> set[str]:
     """Name the data files that the model at ``path`` refers to; none where there is no model to be read."""
     try:
-        proto = ModelProto.FromString(_map(path))
+        proto = ModelProto.FromString(mapped(path))
     except (FileNotFoundError, DecodeError):
         return set()
     entries = (e for t in walk.tensor_protos(proto) for e in t.external_data)

@@ -53,7 +53,7 @@ class Network:
         centred = [w for w in lifted if can_centre(found, w)]
         self.fed: dict[str, Array] = {}
         for w in lifted:
-            tensor = ir.convenience.get_const_tensor(found.values[w.name])
+            tensor = weights.constant(found.values[w.name])
             assert tensor is not None
             self.fed[w.name] = tensor.numpy()
         for w in centred:
@@ -75,11 +75,15 @@ class Network:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         _set_outputs(proto.graph, outputs)
-        return runtime.session(proto, threads=self._threads, provider=self._provider)
+        return self._session(proto, outputs)
 
     def run(self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes) -> dict[str, Array]:
         """Run one feed with some of the weights changed."""
         return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
+
+    def run_segment(self, session: Any, given: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """Run a session of :meth:`segment` on exactly its inputs."""
+        return runtime.run(session, given, outputs)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
         """Return a function that gives the scores of the classes, where the network has one output that looks like it."""
@@ -104,22 +108,38 @@ class Network:
         later = [name for node in nodes[position:] for name in _reads(node)]
         return sorted(made & {*later, *self.outputs})
 
-    def suffix(self, position: int, types: Mapping[str, int], outputs: Sequence[str]) -> Any:
-        """Make a session of the nodes from ``position`` on; tensors alive there become inputs of the given types."""
+    def segment(
+        self, start: int, stop: int | None, types: Mapping[str, int], outputs: Sequence[str]
+    ) -> Any:
+        """Make a session of the nodes from ``start`` to ``stop``; tensors alive at the start become inputs.
+
+        Parameters
+        ----------
+        start, stop : int
+            Places in graph order; None is the end.
+        types : mapping of str to int
+            ONNX element types of the tensors alive at ``start``.
+        outputs : sequence of str
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         graph = proto.graph
-        nodes = list(graph.node)[position:]
+        nodes = list(graph.node)[start:stop]
         needed = {name for node in nodes for name in _reads(node)} | set(outputs)
         inputs = [v for v in graph.input if v.name in needed]
-        inputs += [onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(position)]
+        inputs += [onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(start) if n in needed]
         held = [t for t in graph.initializer if t.name in needed]
         for part, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, held)):
             copies = [_copy(k) for k in kept]
             del part[:]
             part.extend(copies)
         _set_outputs(graph, outputs)
-        return runtime.session(proto, threads=self._threads, provider=self._provider)
+        return self._session(proto, outputs)
+
+    def _session(self, proto: onnx.ModelProto, outputs: Sequence[str]) -> Any:
+        # ONNX Runtime 1.31 fuses Conv and Add even where the Conv's own output is asked for, and then fails.
+        disabled = () if set(outputs) <= set(self.outputs) else ("ConvAddActivationFusion",)
+        return runtime.session(proto, threads=self._threads, provider=self._provider, disabled=disabled)
 
 
 @dataclass(slots=True)
@@ -186,8 +206,8 @@ class Meter:
         if position not in self._suffixes:
             assert self._tensors is not None, "prepare() comes first"
             alive = self.network.alive(position)
-            types = {n: onnx.helper.np_dtype_to_tensor_dtype(self._tensors[0][n].dtype) for n in alive}
-            session = self.network.suffix(position, types, self.watched)
+            types = types_of({n: self._tensors[0][n] for n in alive})
+            session = self.network.segment(position, None, types, self.watched)
             inputs = frozenset(i.name for i in session.get_inputs())
             feeds = [
                 {**f, **{n: t[n] for n in alive}} for f, t in zip(self._probes.feeds, self._tensors, strict=True)
@@ -213,6 +233,11 @@ class Meter:
             damages.append(apart / (self._power[name] or 1.0))
             errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
         return sum(damages) / max(1, len(damages) - 1), max(errors)
+
+
+def types_of(tensors: Mapping[str, Array]) -> dict[str, int]:
+    """Return the ONNX element type of each array."""
+    return {n: onnx.helper.np_dtype_to_tensor_dtype(a.dtype) for n, a in tensors.items()}
 
 
 def _squares(a: Array, b: Array) -> float:
@@ -275,11 +300,11 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 def _bias_of(node: ir.Node, outputs: int) -> Array:
     """Return the bias as a vector (outputs,) of the weight's type; zeros where there is none."""
     assert bias_is_constant(node)
-    weight = ir.convenience.get_const_tensor(node.inputs[1])  # type: ignore[arg-type]  # never absent
+    weight = weights.constant(node.inputs[1])
     assert weight is not None
     dtype = weight.numpy().dtype
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return np.zeros(outputs, dtype)
-    bias = ir.convenience.get_const_tensor(node.inputs[2])
+    bias = weights.constant(node.inputs[2])
     assert bias is not None
     return np.ascontiguousarray(np.broadcast_to(bias.numpy().reshape(-1), (outputs,)).astype(dtype))

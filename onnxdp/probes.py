@@ -199,7 +199,7 @@ def pick(scores: Array, samples: int) -> Array:
     ndarray of int64, shape (min(n, samples),)
         In the order picked.
     """
-    z = np.nan_to_num(np.asarray(scores, np.float64))
+    z = np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)
     if not ((z >= 0).all() and np.allclose(z.sum(1), 1, atol=1e-2)):
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
@@ -252,7 +252,7 @@ def load(path: Path, specs: Sequence[InputSpec]) -> Probes:
     samples = next(iter(counts.values()), 1)
     dynamic = plan.dynamic and all(a in (0, None) for a in plan.axes.values())
     size = plan.batch if counts and not plan.dynamic else (_divisor(samples, BATCH) if dynamic else 1)
-    if samples == 0 or samples % size:
+    if samples % size:
         raise UsageError(
             f"{path} has {samples} samples and the model takes {size} at a time; give a multiple of {size}."
         )
@@ -377,6 +377,10 @@ def _check(path: Path, spec: InputSpec, x: Array, plan: Layout) -> None:
             f"{spec.name!r} in {path} has {x.ndim} axes and the model takes "
             f"{len(spec.shape)} ({_shown(spec.shape)}); reshape it."
         )
+    if not x.size:
+        raise UsageError(f"{spec.name!r} in {path} holds no sample; give at least two.")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise UsageError(f"{spec.name!r} in {path} holds NaN or infinity; give inputs that the model can use.")
     samples = plan.axes[spec.name] == 0
     wrong = [
         i

@@ -36,7 +36,13 @@ def onnxruntime() -> Any:
     return ort
 
 
-def session(model: onnx.ModelProto | Path, *, threads: int | None = None, provider: str = "cpu") -> Any:
+def session(
+    model: onnx.ModelProto | Path,
+    *,
+    threads: int | None = None,
+    provider: str = "cpu",
+    disabled: Sequence[str] = (),
+) -> Any:
     """Make an ``onnxruntime.InferenceSession``.
 
     Parameters
@@ -46,6 +52,8 @@ def session(model: onnx.ModelProto | Path, *, threads: int | None = None, provid
     threads : int, optional
         Threads inside an operator; default: ONNX Runtime's own choice.
     provider : {"cpu", "cuda"}
+    disabled : sequence of str
+        Optimizers of ONNX Runtime to leave out.
 
     Raises
     ------
@@ -61,7 +69,8 @@ def session(model: onnx.ModelProto | Path, *, threads: int | None = None, provid
         options.intra_op_num_threads = threads
     wanted = [_PROVIDERS[provider]] if provider == "cpu" else [_PROVIDERS[provider], _PROVIDERS["cpu"]]
     try:
-        made = _make(ort, model, options, wanted)
+        # The fallback on the CPU prints to stdout, and there is nothing to fall back to.
+        made = _make(ort, model, options, wanted, list(disabled), enable_fallback=int(provider != "cpu"))
     except MemoryError:
         raise
     except Exception as e:  # ONNX Runtime raises a dozen classes of its own, all derived from Exception alone
@@ -72,15 +81,18 @@ def session(model: onnx.ModelProto | Path, *, threads: int | None = None, provid
     return made
 
 
-def _make(ort: Any, model: onnx.ModelProto | Path, options: Any, providers: Sequence[str]) -> Any:
+def _make(
+    ort: Any, model: onnx.ModelProto | Path, options: Any, providers: Sequence[str], disabled: Sequence[str], **more: Any
+) -> Any:
+    more |= {"providers": providers, "disabled_optimizers": disabled}
     if isinstance(model, Path):
-        return ort.InferenceSession(str(model), options, providers=providers)
+        return ort.InferenceSession(str(model), options, **more)
     if model.ByteSize() < _PROTOBUF_LIMIT:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+        return ort.InferenceSession(model.SerializeToString(), options, **more)
     with tempfile.TemporaryDirectory(prefix="onnxdp-") as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True, location="model.data")
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, **more)
 
 
 def run(made: Any, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

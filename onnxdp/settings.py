@@ -48,6 +48,9 @@ class Settings:
     factor_dtype: str = _setting("float16", "Type the factors are stored in: float16 or float32.")
     shared: bool | None = _setting(None, "Let weights with equal input rows share one dictionary; default: where it pays.")
     unweighted: bool = _setting(False, "Fit weights in the papers' plain norm instead of on what the probes show them.")
+    refit: bool | None = _setting(
+        None, "Fit each weight again to the compressed network's own activations; default: where it measurably helps."
+    )
     include: tuple[str, ...] = _setting((), "Only these weights: weight or node names, globs, re:PATTERN, operator types.")
     exclude: tuple[str, ...] = _setting((), "Not these weights; patterns as for --include.")
     inputs: Path | None = _setting(None, "Sample inputs (.npz, keys = input names) instead of made-up probe inputs.")
@@ -103,8 +106,8 @@ class Settings:
 
     @property
     def error_target(self) -> float | None:
-        """Relative output error asked for (amplitude); None where bytes are the target."""
-        if self.ratio is None and self.size is None:
+        """Relative output error asked for (amplitude); None where bytes, or fixed atoms alone, are the target."""
+        if self.ratio is None and self.size is None and (self.atoms is None or self.max_error is not None):
             return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
         return None
 
@@ -115,7 +118,9 @@ class Settings:
             return f"ratio {self.ratio:g}"
         if self.size is not None:
             return f"size {self.size}"
-        return f"max-error {self.error_target:g}"
+        if self.error_target is not None:
+            return f"max-error {self.error_target:g}"
+        return f"atoms {self.atoms}"
 
 
 def parse_size(text: str, nbytes: int) -> int:

@@ -221,7 +221,7 @@ def inspection_lines(inspection: Inspection) -> list[str]:
         (
             _index(i, count),
             r.name,
-            f"{r.op} {_shape(r.shape)}",
+            _what(r.op, r.shape),
             r.dtype,
             _bytes(r.nbytes),
             f"{100 * r.share:.1f} %",
@@ -276,7 +276,7 @@ def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:
     last += f"  {len(diagnosis.notices)} notices"
     if diagnosis.inspection is not None:
         left = [r for r in diagnosis.inspection.rows if r.reason is not None]
-        lines += _columns([("skip", r.name, f"{r.op} {_shape(r.shape)}", r.reason or "") for r in left])
+        lines += _columns([("skip", r.name, _what(r.op, r.shape), r.reason or "") for r in left])
         last += f"  {len(left)} of {len(diagnosis.inspection.rows)} weights would be skipped"
     return [*lines, last]
 
@@ -286,7 +286,7 @@ def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:
 
 def _line_cells(line: Line) -> tuple[str, ...]:
     before, after = _bytes(line.before), _bytes(line.after)
-    cells = (line.weight, f"{line.op} {_shape(line.shape)}", f"{before} -> {after}")
+    cells = (line.weight, _what(line.op, line.shape), f"{before} -> {after}")
     if line.method in ("", "kept"):
         return (*cells, f"kept: {line.reason}")
     return (*cells, _form(line.method, line.params), f"err {_number(line.error)}", line.reason)
@@ -345,8 +345,9 @@ def _index(i: int, count: int) -> str:
     return f"[{i:{len(str(count))}}/{count}]"
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def _what(op: str, shape: Sequence[int]) -> str:
+    """Give the readers' operator and the shape; nothing for a weight that was not looked at."""
+    return f"{op} {'x'.join(map(str, shape)) or 'scalar'}" if op else ""
 
 
 def _bytes(nbytes: int) -> str:

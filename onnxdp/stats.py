@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxdp.network import Network
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Weight
-from onnxdp.weights import Found, Reader, can_centre
+from onnxdp.weights import Found, Reader, can_centre, constant
 
 MAX_BYTES = 192_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
@@ -39,8 +39,8 @@ class Seen:
 
 
 def rows_wanted(weight: Weight) -> int:
-    """Return the sampled rows for a weight: four for each input, 1024 to 4096."""
-    return int(np.clip(4 * weight.inputs, 1024, 4096))
+    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192."""
+    return int(np.clip(16 * weight.inputs, 1024, 8192))
 
 
 def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Sequence[Weight]]]:
@@ -114,7 +114,7 @@ def positions(network: Network, found: Found, feed: Mapping[str, Array], samples
 
 
 @dataclass(frozen=True, slots=True)
-class _Tap:
+class Tap:
     """One place where a weight meets activations: the tensor's name and the reader's geometry."""
 
     source: str
@@ -153,7 +153,7 @@ class _Geometry:
     outputs: tuple[int, ...]
 
 
-def _taps(found: Found, weight: Weight) -> list[_Tap]:
+def _taps(found: Found, weight: Weight) -> list[Tap]:
     """Return the activations in the outermost graph that meet the weight."""
     if weight.op not in ("Conv", "Gemm", "MatMul"):
         return []
@@ -163,9 +163,15 @@ def _taps(found: Found, weight: Weight) -> list[_Tap]:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.graph is not found.graph:
             continue
         value = node.inputs[1 - reader.index]
-        if value is not None and value.name and ir.convenience.get_const_tensor(value) is None:
-            taps.append(_Tap(value.name, reader))
+        if value is not None and value.name and constant(value) is None:
+            taps.append(Tap(value.name, reader))
     return taps
+
+
+def single_tap(found: Found, weight: Weight) -> Tap | None:
+    """Return the one place where the weight meets activations, None where there are several or none."""
+    taps = _taps(found, weight)
+    return taps[0] if len(taps) == len(found.readers[weight.name]) == 1 else None
 
 
 def sources(found: Found) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from onnxdp import runtime
-from onnxdp.errors import ModelError, VerifyError
+from onnxdp.errors import ModelError, UsageError, VerifyError
 from onnxdp.probes import Probes
 from onnxdp.records import OutputDifference, Verification
 
@@ -45,9 +45,13 @@ def compare(a: Any, b: Any, probes: Probes, *, tolerance: float | None = None) -
 
     Raises
     ------
+    UsageError
+        The tolerance is negative, or no number.
     ModelError
         The models do not have the same inputs and outputs.
     """
+    if tolerance is not None and not tolerance >= 0:
+        raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
     _same_interface(a, b)
     names = [o.name for o in a.get_outputs()]
     tallies = {n: _Tally() for n in names}
@@ -98,19 +102,22 @@ class _Tally:
 
 def _same_interface(a: Any, b: Any) -> None:
     for kind in ("inputs", "outputs"):
-        mine, other = (_signature(getattr(s, f"get_{kind}")()) for s in (a, b))
-        if mine != other:
+        mine, other = (getattr(s, f"get_{kind}")() for s in (a, b))
+        if len(mine) != len(other) or not all(map(_alike, mine, other)):
             raise ModelError(
                 f"The two models have different {kind} ({_shown(mine)} against {_shown(other)}); "
                 "compare a model with its own compressed form."
             )
 
 
-def _signature(values: Sequence[Any]) -> list[tuple[str, str]]:
-    return [(v.name, v.type) for v in values]
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two inputs (or outputs) have one name and type, and shapes that one array can have."""
+    both = [(m, n) for m, n in zip(a.shape or (), b.shape or (), strict=False) if {type(m), type(n)} == {int}]
+    ranks = not a.shape or not b.shape or len(a.shape) == len(b.shape)
+    return (a.name, a.type) == (b.name, b.type) and ranks and all(m == n for m, n in both)
 
 
-def _shown(signature: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {kind}" for name, kind in signature) or "none"
+def _shown(values: Sequence[Any]) -> str:
+    return ", ".join(f"{v.name} {v.type} {v.shape}" for v in values) or "none"
 
 

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -79,7 +80,7 @@ def find(model: ir.Model) -> Found:
     node_names = _node_names(model)
     taken: set[str] = set()
     for value in _constants(model):
-        tensor = ir.convenience.get_const_tensor(value)
+        tensor = constant(value)
         if tensor is None or tensor.dtype not in FLOATS or tensor.nbytes < MIN_BYTES:
             continue
         name = _unique(value.name or "constant", taken)
@@ -126,9 +127,18 @@ def select(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Foun
     return Found(found.graph, weights, (*found.kept, *kept), found.values, found.readers)
 
 
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of an initializer or a Constant node as it is (onnx-ir's own helper renames the node's)."""
+    node = None if value is None else value.producer()
+    held = None if node is None else node.attributes.get("value")
+    if node is not None and node.op_type == "Constant" and node.domain == "" and held is not None:
+        return None if held.is_ref() else held.as_tensor()
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
 def tensor_of(found: Found, name: str) -> Array:
     """Read a weight as stored; float32 or float64 (narrower types are widened), of the weight's shape."""
-    tensor = ir.convenience.get_const_tensor(found.values[name])
+    tensor = constant(found.values[name])
     assert tensor is not None
     array = tensor.numpy()
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
@@ -181,7 +191,7 @@ def bias_is_constant(node: ir.Node) -> bool:
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return True
     bias = node.inputs[2]
-    tensor = ir.convenience.get_const_tensor(bias)
+    tensor = constant(bias)
     if tensor is None or bias.is_graph_input():
         return False
     return all(d == 1 for d in tensor.shape.numpy()[:-1])
@@ -235,7 +245,9 @@ def _view(name: str, tensor: ir.TensorProtocol, readers: Sequence[Reader], names
     shape = tuple(int(d) for d in tensor.shape.numpy())
     views = {_matrix_view(shape, r) for r in readers if r.node.op_type in _MATRIX}
     nodes = tuple(dict.fromkeys(names[r.node] for r in readers))
-    common = {"name": name, "nodes": nodes, "shape": shape, "dtype": FLOATS[tensor.dtype], "nbytes": tensor.nbytes}
+    common: dict[str, Any] = {
+        "name": name, "nodes": nodes, "shape": shape, "dtype": FLOATS[tensor.dtype], "nbytes": tensor.nbytes
+    }  # fmt: skip
     view = next(iter(views)) if len(views) == 1 else None
     mixed = [r for r in readers if r.node.op_type not in _MATRIX and not r.direct]
     if view is None or mixed:
@@ -255,7 +267,8 @@ def _matrix_view(shape: tuple[int, ...], reader: Reader) -> tuple[int, int, int,
     if node.op_type == "Conv":
         group = node.attributes.get("group")
         groups = group.as_int() if group else 1
-        if not reader.direct or len(shape) < 3 or groups < 1 or shape[0] % groups:
+        moved = not reader.direct and not _only_passed(node.inputs[reader.index])
+        if moved or len(shape) < 3 or groups < 1 or shape[0] % groups:
             return None
         tap = int(np.prod(shape[2:], dtype=np.int64))
         return shape[1] * tap, shape[0] // groups, groups, tap, True
@@ -288,10 +301,17 @@ def _matrix_view(shape: tuple[int, ...], reader: Reader) -> tuple[int, int, int,
     return inputs, outputs, 1, 1, flipped != (reader.index == 0)
 
 
+def _only_passed(value: ir.Value | None) -> bool:
+    """Whether only Identity and Cast lie between a constant and ``value``."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in ("Identity", "Cast"):
+        value = node.inputs[0]
+    return constant(value) is not None
+
+
 def _shape_after(node: ir.Node, seen: tuple[int, ...]) -> tuple[int, ...] | None:
     if node.op_type != "Reshape" or node.inputs[1] is None:
         return None
-    target = ir.convenience.get_const_tensor(node.inputs[1])
+    target = constant(node.inputs[1])
     if target is None:
         return None
     dims = [int(d) for d in target.numpy()]

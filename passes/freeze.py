@@ -1,7 +1,7 @@
 """FreezeInitializers: initializers that are also graph inputs become constants.
 
-Below IR version 4 every initializer is listed as an input and is constant by rule (onnx/docs/IR.md); a packed weight
-could not fold there, so such models move to IR 4, where the listing means "can be fed", and the listing goes.
+Below IR version 4 every initializer is listed as an input and is constant by rule (onnx/docs/IR.md); a packed
+weight could not fold there, so such models move to IR 4, where the listing means "can be fed", and it goes.
 """
 
 from __future__ import annotations

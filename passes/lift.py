@@ -1,10 +1,12 @@
-"""LiftWeights: weights become graph inputs, so that one session can measure any replacement of any of them."""
+"""LiftWeights: weights become graph inputs, so that one session can measure any replacement of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import onnx_ir as ir
+
+from onnxdp.weights import constant
 
 
 class LiftWeights(ir.passes.InPlacePass):
@@ -26,16 +28,16 @@ class LiftWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return whether there was anything to lift."""
         for name, node in self._biases.items():
-            weight = ir.convenience.get_const_tensor(node.inputs[1])  # type: ignore[arg-type]  # never absent
+            weight = constant(node.inputs[1])
             assert weight is not None
             fed = ir.Value(name=name, type=ir.TensorType(weight.dtype))
             node.resize_inputs(max(3, len(node.inputs)))
             node.replace_input_with(2, fed)
             model.graph.inputs.append(fed)
         for name, value in self._weights.items():
-            tensor = ir.convenience.get_const_tensor(value)
+            tensor = constant(value)
             assert tensor is not None
-            fed = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+            fed = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
             value.replace_all_uses_with(fed)
             drop(value)
             model.graph.inputs.append(fed)

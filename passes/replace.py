@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.build import Builder, Names
+from onnxdp.build import Builder, Paper
 from onnxdp.methods.form import Form
 from onnxdp.passes.lift import drop
 from onnxdp.records import Array, Encoded, Weight
-from onnxdp.weights import Found, Reader
+from onnxdp.weights import Found, Reader, constant
 
 
 class ReplaceWeights(ir.passes.InPlacePass):
@@ -53,35 +53,37 @@ class ReplaceWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return whether there was a weight to replace."""
-        names = Names(model)
-        store: dict[tuple[int, str], ir.Value] = {}
+        paper = Paper(model)
         weights = {w.name: w for w in self._found.weights}
-        for encoded in self._encoded:
-            self._replace(weights[encoded.weight], encoded, names, store)
+        nodes = (n for graph in (model.graph, *model.graph.subgraphs()) for n in graph)
+        order = {node: i for i, node in enumerate(nodes)}
+        readers = self._found.readers
+
+        def place(encoded: Encoded) -> int:  # what several weights share must come before the first of them
+            return min(order[r.node] for r in readers[encoded.weight])
+
+        for encoded in sorted(self._encoded, key=place):
+            self._replace(weights[encoded.weight], encoded, paper)
+        paper.finish()
         if self._encoded:
             model.metadata_props[self.KEY] = self._provenance
         return ir.passes.PassResult(model, modified=bool(self._encoded))
 
-    def _replace(
-        self, weight: Weight, encoded: Encoded, names: Names, store: dict[tuple[int, str], ir.Value]
-    ) -> None:
+    def _replace(self, weight: Weight, encoded: Encoded, paper: Paper) -> None:
         value = self._found.values[weight.name]
         readers = self._found.readers[weight.name]
-        constant = value.producer()
         graph = value.graph
         assert graph is not None
-        build = Builder(graph, value.name or weight.name, names, store)
+        build = Builder(graph, value.name or weight.name, paper)
         alone = readers[0] if single(readers) and readers[0].node.graph is graph else None
+        if alone is not None and alone.node.inputs[alone.index] is not value:
+            alone = None  # the other operand was a weight too, and its form has moved this one
         if weight.name in self._shifts:
             shift_bias(readers[0].node, self._shifts[weight.name], build)
         new = self._forms[encoded.method].emit(build, weight, encoded, alone)
         if new is not None:
             value.replace_all_uses_with(new)
-            anchor = constant or graph[0]
-        else:
-            assert alone is not None
-            anchor = alone.node
-        graph.insert_before(anchor, build.nodes)
+        graph.insert_before(alone.node if alone else graph[0], build.nodes)
         drop(value)
 
 
@@ -91,7 +93,7 @@ def single(readers: Sequence[Reader]) -> bool:
 
 
 def shift_bias(node: ir.Node, shift: Array, build: Builder) -> None:
-    """Add ``shift`` (outputs,) to what the node puts out, at no cost where something constant can take it up."""
+    """Add ``shift`` (outputs,) to what the node puts out: to a bias, or to the mean of what normalises it."""
     alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
@@ -128,18 +130,17 @@ def _following_normalisation(node: ir.Node) -> ir.Node | None:
     if after.op_type != "BatchNormalization" or index != 0 or len(after.outputs) > 1:
         return None
     mean = after.inputs[3]
-    constant = mean is not None and ir.convenience.get_const_tensor(mean) is not None
-    return after if constant and mean is not None and not mean.is_graph_input() else None
+    return after if mean is not None and constant(mean) is not None and not mean.is_graph_input() else None
 
 
 def _array(value: ir.Value | None) -> Array:
     assert value is not None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = constant(value)
     assert tensor is not None
     return tensor.numpy().astype(np.float64)
 
 
 def _like(array: Array, value: ir.Value | None) -> Array:
     """Cast to the type of an existing constant."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    tensor = constant(value)
     return array.astype(np.float32 if tensor is None else tensor.numpy().dtype)

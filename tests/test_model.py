@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from onnxdp import draft, walk
 from onnxdp import model as room
-from onnxdp import walk
 from onnxdp.errors import ModelError, SetupError, UsageError
 
 SHARED = Path(os.environ.get("ONNXDP_SHARED", Path(__file__).parents[2] / "shared"))
@@ -445,7 +445,7 @@ def test_external_data_is_read_lazily_and_counted_once(tmp_path: Path) -> None:
     model = room.read(path)
     assert model.external
     assert model.nbytes == path.stat().st_size + data.stat().st_size
-    assert model.sha256 == room.sha256_of(path, data)
+    assert model.sha256 == draft.sha256_of(path, data)
     np.testing.assert_array_equal(weight(model, "V"), np.ones((100, 100)))
     assert not weight(model).flags.writeable
     assert listing(path.parent) == before
@@ -527,8 +527,8 @@ def test_inline_stays_inline_and_large_goes_external(tmp_path: Path, monkeypatch
     file = room.write(model, tmp_path / "in.onnx")
     assert set(listing(tmp_path)) == {"in.onnx"}
     assert file.nbytes == room.output_size(model)
-    assert file.sha256 == room.sha256_of(tmp_path / "in.onnx")
-    monkeypatch.setattr(room, "INLINE_LIMIT", 1000)
+    assert file.sha256 == draft.sha256_of(tmp_path / "in.onnx")
+    monkeypatch.setattr(draft, "INLINE_LIMIT", 1000)
     file = room.write(model, tmp_path / "ex.onnx")
     assert len(listing(tmp_path)) == 3
     assert file.nbytes == room.output_size(model, target=tmp_path / "ex.onnx")

@@ -14,7 +14,7 @@ dictionaries shared between layers. runtime.md section 4: when two operators are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -37,7 +37,10 @@ BLOCK_ROWS = 288
 RIDGE = (0.01, 0.3)
 """Ridge of the second moment over its mean diagonal: a + b * inputs / samples (prototype.md section 4)."""
 
-_MIN_BLOCK = 32
+Attributes = Mapping[str, ir.Attr]
+
+_MIN_BLOCK = 8
+"""Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which natural pictures hardly fill."""
 _LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
 _MAX_MACS = 0.8
@@ -84,15 +87,18 @@ class DictionaryPair:
         if params["dtype"] not in ("float16", "float32") or params["run"] not in ("fold", "split"):
             raise PlanError(f"{weight.name}: dtype is float16 or float32, run is fold or split; correct them.")
 
-    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
-        """Name the weights that may share a dictionary: equal input rows, read from one tensor or back to back."""
+    def groups(
+        self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
+    ) -> Sequence[tuple[str, ...]]:
+        """Name the weights that may share a dictionary: equal input rows of one tensor, or (everywhere) in a row."""
         usable = [w for w in weights if self.supports(w) is None and w.groups == 1]
-        shared: list[tuple[str, ...]] = []
         by_source: dict[tuple[object, ...], list[str]] = {}
         for w in usable:
             if w.name in sources:
                 by_source.setdefault((sources[w.name], w.op, w.inputs, w.tap, w.transposed), []).append(w.name)
-        shared += [tuple(names) for names in by_source.values() if len(names) > 1]
+        shared = [tuple(names) for names in by_source.values() if len(names) > 1]
+        if not everywhere:
+            return shared
         taken = {n for names in shared for n in names}
         alone = [w for w in usable if w.name not in taken]
         for _, run in groupby(alone, key=lambda w: (w.op, w.inputs, w.outputs, w.tap, w.transposed)):
@@ -104,15 +110,22 @@ class DictionaryPair:
         """Factor every layout of the blocks once."""
         return _Pairs(tasks, settings, device)
 
+    def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
+        """Factor the one layout that the params name."""
+        return _Pairs([task], settings, device, ((str(params["axis"]), int(params["parts"])),)).encode([task], [params])[0]
+
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Multiply the factors, in float32."""
         stack = encoded.arrays["atoms"].astype(np.float32) @ encoded.arrays["codes"].astype(np.float32)
         return weights.unblocks(weight, stack, str(encoded.params["axis"]), int(encoded.params["parts"]))
 
-    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+    def emit(
+        self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
+    ) -> ir.Value | None:
         """Draw the product of the factors, or two operators in place of the reader."""
         if encoded.params["run"] == "split" and reader is not None and _can_split(weight, encoded.params):
-            return _emit_split(build, weight, encoded, reader.node)
+            _emit_split(build, weight, encoded, reader)
+            return None
         return _emit_fold(build, weight, encoded)
 
 
@@ -128,14 +141,16 @@ class _Layout:
 class _Pairs:
     """The pairs of one weight, or of several with one dictionary (their columns side by side)."""
 
-    def __init__(self, tasks: Sequence[Task], settings: Settings, device: str) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], settings: Settings, device: str, layouts: Sequence[tuple[str, int]] | None = None
+    ) -> None:
         self._settings = settings
         self._device = device
         self._weights = [t.weight for t in tasks]
         self._tasks_split = [t.splittable for t in tasks]
         self._layouts = {
             (axis, parts): _Layout(axis, parts, self._factor(tasks, axis, parts))
-            for axis, parts in _layouts(self._weights, settings)
+            for axis, parts in layouts or _layouts(self._weights, settings)
         }
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
@@ -145,7 +160,9 @@ class _Pairs:
         first = params[0]
         axis, parts, rank = str(first["axis"]), int(first["parts"]), int(first["atoms"])
         layout = self._layouts.get((axis, parts))
-        factored = layout.factored if layout else self._factor(tasks, axis, parts)
+        held = layout is not None and rank <= layout.factored.energies.shape[-1]
+        # A plan edited by hand may name another layout, or more atoms than pay.
+        factored = layout.factored if layout and held else self._factor(tasks, axis, parts, rank)
         stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
         moment = _moment(tasks, axis, parts, self._device)
         if self._settings.solver == "dpl":
@@ -168,10 +185,10 @@ class _Pairs:
             encoded.append(Encoded(task.weight.name, "dp", dict(own), arrays_, error, shared))
         return tuple(encoded)
 
-    def _factor(self, tasks: Sequence[Task], axis: str, parts: int) -> Factored:
+    def _factor(self, tasks: Sequence[Task], axis: str, parts: int, least: int = 1) -> Factored:
         stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
         moment = _moment(tasks, axis, parts, self._device)
-        rank = max(1, min(min(stack.shape[-2:]), self._most_atoms(axis, parts)))
+        rank = max(least, min(min(stack.shape[-2:]), self._most_atoms(axis, parts)))
         if self._settings.atoms:
             rank = max(rank, min(self._settings.atoms, *stack.shape[-2:]))
         if self._settings.solver == "randomized":
@@ -237,15 +254,19 @@ def _layouts(tasks: Sequence[Weight], settings: Settings) -> list[tuple[str, int
         return [("rows", _parts(weight.channels, weight.inputs / rows))]
     layouts = [("rows", 1)]
     if weight.groups == 1:
-        layouts += [("rows", _parts(weight.channels, weight.inputs / BLOCK_ROWS))]
-        outputs = min(w.outputs for w in tasks)
-        if len(tasks) == 1 and outputs > weight.inputs:
-            layouts += [("columns", _parts(outputs, outputs / max(weight.inputs, BLOCK_ROWS)))]
-    return [
-        (axis, parts)
-        for axis, parts in dict.fromkeys(layouts)
-        if parts == 1 or min(_block_shape(weight, axis, parts)) >= _MIN_BLOCK
-    ]
+        layouts += [("rows", p) for p in _ladder(weight.channels, weight.inputs)]
+        if len(tasks) == 1 and weight.outputs > weight.inputs:
+            layouts += [("columns", p) for p in _ladder(weight.outputs, weight.outputs)[:2]]
+    return list(dict.fromkeys(layouts))
+
+
+def _ladder(channels: int, rows: int) -> list[int]:
+    """Return numbers of blocks from as many as there can be down to 2, each a quarter of the one before, about."""
+    parts, wanted = [], float(min(channels, rows // _MIN_BLOCK))
+    while wanted >= 2:
+        parts.append(_parts(channels, wanted))
+        wanted /= 4
+    return [p for p in dict.fromkeys(parts) if p > 1 and rows // p >= _MIN_BLOCK]
 
 
 def _parts(channels: int, wanted: float) -> int:
@@ -286,17 +307,16 @@ def _moment(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment
         assert task.samples is not None
         norm = float(np.linalg.norm(task.samples)) or 1.0
         samples.append(task.samples if len(tasks) == 1 else task.samples / np.float32(norm))
-    rows = np.concatenate(samples, axis=1)
+    rows = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
     groups, count, inputs = rows.shape
     if axis == "rows":
         rows = rows.reshape(groups, count, parts, inputs // parts).swapaxes(1, 2)
         rows = rows.reshape(groups * parts, count, inputs // parts)
-    else:
-        rows = np.repeat(rows, parts, axis=0)
+    # Blocks of columns see the same inputs: one (1, count, inputs) serves them all.
     mean = np.square(rows).sum(axis=1).mean(axis=-1)
     floor = float(mean.max(initial=0.0)) or 1.0
     ridge = (RIDGE[0] + RIDGE[1] * min(1.0, rows.shape[-1] / count)) * np.maximum(mean, 1e-3 * floor)
-    return Moment(arrays.to_device(np.ascontiguousarray(rows), device), arrays.to_device(ridge, device))
+    return Moment(arrays.to_device(rows, device), arrays.to_device(ridge, device))
 
 
 def _macs(weight: Weight, params: Params) -> float:
@@ -323,7 +343,7 @@ def _pays_split(weight: Weight, params: Params) -> bool:
 def _emit_fold(build: Builder, weight: Weight, encoded: Encoded) -> ir.Value:
     """W' as a product of constants, in the stored orientation, so that only blocks need a Transpose."""
     axis, parts = str(encoded.params["axis"]), int(encoded.params["parts"])
-    atoms, codes = _factors(build, weight, encoded)
+    atoms, codes = _factors(build, weight, encoded, "float32")
     value = build.node("MatMul", [codes, atoms] if weight.transposed else [atoms, codes], "product")
     g, m, n = weight.groups, weight.inputs, weight.outputs
     if parts > 1 and (axis == "rows") == weight.transposed:
@@ -337,13 +357,13 @@ def _emit_fold(build: Builder, weight: Weight, encoded: Encoded) -> ir.Value:
     return build.cast(value, weight.dtype, "type") if weight.dtype != "float32" else value
 
 
-def _factors(build: Builder, weight: Weight, encoded: Encoded) -> tuple[ir.Value, ir.Value]:
-    """Register atoms and codes, in the stored orientation, and cast them to float32."""
+def _factors(build: Builder, weight: Weight, encoded: Encoded, dtype: str) -> tuple[ir.Value, ir.Value]:
+    """Register atoms and codes, in the stored orientation, and cast them to ``dtype``."""
     atoms, codes = (_oriented(encoded.arrays[r], weight.transposed) for r in ("atoms", "codes"))
     shared = encoded.shared.get("atoms")
     return (
-        build.cast(build.constant("atoms", atoms, shared and f"{shared}.shared"), "float32", "atoms32"),
-        build.cast(build.constant("codes", codes), "float32", "codes32"),
+        build.cast(build.constant("atoms", atoms, shared and f"{shared}.shared"), dtype, "atoms.cast"),
+        build.cast(build.constant("codes", codes), dtype, "codes.cast"),
     )
 
 
@@ -352,12 +372,12 @@ def _oriented(stack: Array, transposed: bool) -> Array:
     return stack[0] if len(stack) == 1 else stack
 
 
-def _emit_split(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
-    """Put an atoms operator before the node, which becomes the codes operator and keeps its name and output."""
+def _emit_split(build: Builder, weight: Weight, encoded: Encoded, reader: Reader) -> None:
+    """Put an atoms operator before the node, which becomes the codes operator under its old name."""
     if weight.op == "Conv":
-        _split_conv(build, weight, encoded, node)
+        _split_conv(build, weight, encoded, reader.node)
     else:
-        _split_product(build, weight, encoded, node)
+        _split_product(build, weight, encoded, reader)
 
 
 def _split_conv(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
@@ -365,54 +385,64 @@ def _split_conv(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node)
     parts, rank = int(encoded.params["parts"]), int(encoded.params["atoms"])
     ones = [1] * (len(weight.shape) - 2)
     atoms_shape = (parts * rank, weight.shape[1] // parts, *weight.shape[2:])
-    codes_shape = (weight.outputs, parts * rank, *ones)
-    shared = encoded.shared.get("atoms")
-    codes = encoded.arrays["codes"].reshape(parts * rank, weight.outputs).T.reshape(codes_shape)
-    if shared:
-        stored = build.constant("atoms", _oriented(encoded.arrays["atoms"], True), f"{shared}.shared")
-        atoms = build.reshape(build.cast(stored, "float32", "atoms32"), atoms_shape, "kernel")
-    else:
-        kernel = encoded.arrays["atoms"].swapaxes(-1, -2).reshape(atoms_shape)
-        atoms = build.cast(build.constant("atoms", kernel), "float32", "atoms32")
-    code = build.cast(build.constant("codes", codes), "float32", "codes32")
-    atoms, code = (_typed(build, v, weight.dtype, r) for v, r in ((atoms, "atoms_type"), (code, "codes_type")))
-    attributes = {k: a for k, a in node.attributes.items() if k != "group"}
-    between = build.node("Conv", [node.inputs[0], atoms], "atoms_conv")
-    producer = between.producer()
-    assert producer is not None
-    producer.attributes.update(attributes)
-    if parts > 1:
-        producer.attributes["group"] = ir.AttrInt64("group", parts)
-    for name in list(node.attributes):
-        del node.attributes[name]
+    codes = encoded.arrays["codes"].reshape(parts * rank, weight.outputs).T
+    x, shared = node.inputs[0], encoded.shared.get("atoms")
+    geometry = {k: a for k, a in node.attributes.items() if k != "group"}
+
+    def draw() -> ir.Value:
+        if shared:
+            stored = build.constant("atoms", _oriented(encoded.arrays["atoms"], True), f"{shared}.shared")
+            wide = build.cast(stored, weight.dtype, "atoms.cast")
+            kernel = build.reshape(wide, atoms_shape, "atoms.kernel")
+        else:
+            stored = build.constant("atoms", encoded.arrays["atoms"].swapaxes(-1, -2).reshape(atoms_shape))
+            kernel = build.cast(stored, weight.dtype, "atoms.cast")
+        group = {"group": parts} if parts > 1 else {}
+        return _with(build.node("Conv", [x, kernel], "atoms.conv", **group), geometry)
+
+    between = _atoms_once(build, encoded, x, geometry, draw)
+    code = build.constant("codes", codes.reshape(weight.outputs, parts * rank, *ones))
+    node.attributes.clear()
     node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", ones)
     node.replace_input_with(0, between)
-    node.replace_input_with(1, code)
+    node.replace_input_with(1, build.cast(code, weight.dtype, "codes.cast"))
 
 
-def _split_product(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
+def _split_product(build: Builder, weight: Weight, encoded: Encoded, reader: Reader) -> None:
     """Turn x W into (x D) C, and W^T x into C^T (D^T x)."""
-    atoms, codes = _factors(build, weight, encoded)
-    atoms, codes = (
-        _typed(build, v, weight.dtype, r) for v, r in ((atoms, "atoms_type"), (codes, "codes_type"))
-    )
-    left = ir.convenience.get_const_tensor(node.inputs[0]) is not None  # type: ignore[arg-type]  # always given
+    node, left = reader.node, reader.index == 0
+    atoms, codes = _factors(build, weight, encoded, weight.dtype)
+    x = node.inputs[1 - reader.index]
     flags = {k: a for k, a in node.attributes.items() if k in ("transA", "transB")}
-    place = 0 if left else 1
-    if node.op_type == "MatMul":
-        between = build.node("MatMul", [atoms, node.inputs[1]] if left else [node.inputs[0], atoms], "atoms_product")
-    else:
-        inputs = [atoms, node.inputs[1]] if left else [node.inputs[0], atoms]
-        between = build.node("Gemm", inputs, "atoms_product")
-        producer = between.producer()
-        assert producer is not None
-        producer.attributes.update(flags)
-        other = "transB" if left else "transA"
-        if other in node.attributes:  # the activations are turned once, in the first operator
-            del node.attributes[other]
-    node.replace_input_with(1 - place, between)
-    node.replace_input_with(place, codes)
+
+    def draw() -> ir.Value:
+        operands = [atoms, x] if left else [x, atoms]
+        if node.op_type == "Gemm" and build.opset < 11:  # where Gemm must have a bias
+            operands.append(build.zero(weight.dtype))
+        return _with(build.node(node.op_type, operands, "atoms.product"), flags)
+
+    between = _atoms_once(build, encoded, x, flags, draw)
+    # The activations are turned once, in the first operator.
+    node.attributes.pop("transB" if left else "transA", None)
+    node.replace_input_with(1 - reader.index, between)
+    node.replace_input_with(reader.index, codes)
 
 
-def _typed(build: Builder, value: ir.Value, dtype: str, role: str) -> ir.Value:
-    return value if dtype == "float32" else build.cast(value, dtype, role)
+def _atoms_once(
+    build: Builder, encoded: Encoded, x: ir.Value | None, geometry: Attributes, draw: Callable[[], ir.Value]
+) -> ir.Value:
+    """Draw the atoms operator, once where several weights share them and read one tensor alike."""
+    shared = encoded.shared.get("atoms")
+    if shared is None:
+        return draw()
+    assert x is not None
+    how = sorted(f"{k}={a.value}" for k, a in geometry.items() if k != "kernel_shape")
+    return build.once(f"atoms of {shared} on {x.name} {' '.join(how)}", draw)
+
+
+def _with(value: ir.Value, attributes: Attributes) -> ir.Value:
+    """Give the node behind a value the attributes of another."""
+    producer = value.producer()
+    assert producer is not None
+    producer.attributes.update(attributes)
+    return value

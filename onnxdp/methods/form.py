@@ -71,11 +71,20 @@ class Form(Protocol):
     def check(self, weight: Weight, params: Params) -> None:
         """Refuse params (of a plan edited by hand) that mean nothing, with a PlanError."""
 
-    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
-        """Name the weights that may share arrays; ``sources`` tells which tensor each weight reads."""
+    def groups(
+        self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
+    ) -> Sequence[tuple[str, ...]]:
+        """Name the weights that may share arrays.
+
+        ``sources`` tells which tensor each weight reads; ``everywhere`` asks for all that could, not only for those
+        that are likely to gain.
+        """
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
         """Solve one task, or several that share arrays."""
+
+    def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
+        """Solve one task for one choice of params."""
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Return the stored tensor's replacement, of shape ``weight.shape``, float32."""

@@ -37,13 +37,19 @@ class Float16:
         if params:
             raise PlanError(f"{weight.name}: float16 takes no parameter, so {dict(params)} must go.")
 
-    def groups(self, weights: Sequence[Weight], sources: Mapping[str, str]) -> Sequence[tuple[str, ...]]:
+    def groups(
+        self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
+    ) -> Sequence[tuple[str, ...]]:
         """Share nothing."""
         return ()
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
         """Round."""
         return _Rounded(tasks[0])
+
+    def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
+        """Round."""
+        return _Rounded(task).encode([task], [params])[0]
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Widen again."""

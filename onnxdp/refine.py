@@ -1,0 +1,158 @@
+"""Fit the chosen forms again, layer by layer, to what the compressed network really feeds them.
+
+Both networks advance side by side, from one weight to the next. With x what the original feeds a weight and x' what
+the compressed network does, the weight is moved towards the one that gives the original's output from x',
+
+    W* = W + alpha (H' + delta I)^-1 E[x' (x^T W - x'^T W)],    b' = b + E[x]^T W - E[x']^T W'
+
+and encoded again with H'. So every layer repairs what those before it lost.
+
+References
+----------
+method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.md section 2 (alpha, ridge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnxdp import stats, weights
+from onnxdp.encoding import Workshop
+from onnxdp.network import Network, bias_input, types_of
+from onnxdp.planner import KEEP
+from onnxdp.probes import Probes
+from onnxdp.records import Array, Candidate, Encoded, Weight
+from onnxdp.settings import Progress
+
+ALPHA = 1.0
+"""Share of the way to the refitted weight; made-up probes deserve less than full trust."""
+RIDGE = (0.03, 0.3)
+"""delta over the mean diagonal of H': a + b * inputs / samples."""
+
+
+def refine(
+    workshop: Workshop, network: Network, probes: Probes, choices: Sequence[Candidate], progress: Progress
+) -> tuple[list[Encoded], dict[str, Array]]:
+    """Encode the choices one after the other, each on the compressed network's own activations.
+
+    Parameters
+    ----------
+    workshop : Workshop
+    network : Network
+    probes : Probes
+        Those that weights are fitted on.
+    choices : sequence of Candidate
+    progress : callable
+
+    Returns
+    -------
+    list of Encoded, dict of str to ndarray
+        The new forms, and what the bias behind each weight gains.
+    """
+    encoded = {e.weight: e for e in workshop.encode(choices)}
+    shifts = workshop.shifts(list(encoded.values()))
+    changes = workshop.fed(network, list(encoded.values()), shifts)
+    order = sorted(
+        (c for c in choices if c.method != KEEP and c.weight in network.fed), key=lambda c: network.position(c.weight)
+    )
+    streams = _Streams(network, probes)
+    for done, choice in enumerate(order):
+        progress("refitting weights", done, len(order), choice.weight)
+        weight = workshop.weights[choice.weight]
+        tap = stats.single_tap(workshop.found, weight)
+        if tap is None or "dictionary" in choice.params:
+            continue
+        streams.advance(network.position(choice.weight), changes)
+        seen = streams.sample(weight, tap, workshop.seed)
+        new, shift = _refit(workshop, weight, choice, *seen)
+        encoded[choice.weight] = new
+        changes[choice.weight] = workshop.changes([new])[choice.weight]
+        if stats.can_centre(workshop.found, weight):
+            shifts[choice.weight] = shift
+            changes.update(workshop.shifted_bias(network, choice.weight, shift))
+    return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
+
+
+def _refit(
+    workshop: Workshop, weight: Weight, choice: Candidate, x: Array, seen: Array
+) -> tuple[Encoded, Array]:
+    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), of the compressed network."""
+    centre = stats.can_centre(workshop.found, weight)
+    tensor = weights.tensor_of(workshop.found, weight.name)
+    w = weights.blocks(weight, tensor).astype(np.float32)
+    mean = x.mean(axis=1, dtype=np.float64) if centre else np.zeros((x.shape[0], x.shape[2]))
+    mean_seen = seen.mean(axis=1, dtype=np.float64) if centre else mean
+    rows = x.shape[1]
+    a = (x - mean[:, None, :].astype(np.float32)) / np.float32(rows**0.5)
+    b = (seen - mean_seen[:, None, :].astype(np.float32)) / np.float32(rows**0.5)
+    lost = (a - b) @ w  # what the compressed inputs no longer give
+    moved = w + ALPHA * _ridge_solve(b, lost)
+    new = workshop.encode_one(choice, weights.unblocks(weight, moved), b)
+    decoded = weights.blocks(weight, workshop.decode(new))
+    shift = np.einsum("gm,gmn->gn", mean, w.astype(np.float64)) - np.einsum(
+        "gm,gmn->gn", mean_seen, decoded.astype(np.float64)
+    )
+    return new, shift.reshape(-1).astype(np.float32)
+
+
+def _ridge_solve(b: Array, target: Array) -> Array:
+    """Return (b^T b + delta I)^-1 b^T target, (groups, inputs, outputs), through the smaller of the two Grams."""
+    groups, rows, inputs = b.shape
+    diagonal = np.square(b).sum(axis=(1, 2), dtype=np.float64) / inputs
+    delta = (RIDGE[0] + RIDGE[1] * min(1.0, inputs / rows)) * np.where(diagonal > 0, diagonal, 1.0)
+    out = np.empty((groups, inputs, target.shape[2]), np.float32)
+    for g in range(groups):
+        x, y = b[g], target[g]
+        if inputs <= rows:
+            gram = (x.T @ x).astype(np.float64)
+            gram[np.diag_indices(inputs)] += delta[g]
+            out[g] = np.linalg.solve(gram, (x.T @ y).astype(np.float64))
+        else:
+            gram = (x @ x.T).astype(np.float64)
+            gram[np.diag_indices(rows)] += delta[g]
+            out[g] = x.T @ np.linalg.solve(gram, y.astype(np.float64)).astype(np.float32)
+    return out
+
+
+class _Streams:
+    """The original and the compressed network, halted at the same place."""
+
+    def __init__(self, network: Network, probes: Probes) -> None:
+        self._network = network
+        self._place = 0
+        self._feeds = probes.feeds
+        self._state: tuple[list[dict[str, Array]], list[dict[str, Array]]] = (
+            [{} for _ in probes.feeds],
+            [{} for _ in probes.feeds],
+        )
+
+    def advance(self, place: int, changes: Mapping[str, Array]) -> None:
+        """Run both up to ``place``, the second with its weights changed."""
+        if place <= self._place:
+            return
+        alive = self._network.alive(place)
+        made = [n for n in alive if n not in self._state[0][0]]
+        if made:
+            session = self._network.segment(self._place, place, types_of(self._state[0][0]), made)
+            wanted = {i.name for i in session.get_inputs()}
+            for stream, fed in zip(self._state, ({}, changes), strict=True):
+                for feed, state in zip(self._feeds, stream, strict=True):
+                    given = {**self._network.fed, **feed, **state, **fed}
+                    state.update(self._network.run_segment(session, {k: given[k] for k in wanted}, made))
+        for stream in self._state:
+            for state in stream:
+                for name in set(state) - set(alive):
+                    del state[name]
+        self._place = place
+
+    def sample(self, weight: Weight, tap: stats.Tap, seed: int) -> tuple[Array, Array]:
+        """Return the same sampled rows of both inputs of the weight."""
+        rows: tuple[list[Array], list[Array]] = ([], [])
+        share = -(-stats.rows_wanted(weight) // len(self._feeds))
+        for stream, into in zip(self._state, rows, strict=True):
+            for number, (feed, state) in enumerate(zip(self._feeds, stream, strict=True)):
+                x = np.asarray(state[tap.source] if tap.source in state else feed[tap.source], np.float32)
+                into.append(tap.sample(weight, x, share, np.random.default_rng((seed, number))))
+        return np.concatenate(rows[0], axis=1), np.concatenate(rows[1], axis=1)

@@ -1,0 +1,197 @@
+"""The two laws of a form, for every form that is registered, and what the forms refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rewriting import FORMS, draw, pair, session
+
+from onnxdp.build import DTYPES, Builder, Paper
+from onnxdp.errors import MethodError, PlanError, UsageError
+from onnxdp.methods import form
+from onnxdp.methods.form import Task
+from onnxdp.records import Encoded, Weight
+from onnxdp.settings import Settings
+
+ITEM = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
+
+
+def weight_of(shape, *, op="Conv", groups=1, transposed=True, dtype="float32") -> Weight:
+    if op == "Conv":
+        tap = int(np.prod(shape[2:]))
+        view = {"inputs": shape[1] * tap, "outputs": shape[0] // groups, "groups": groups, "tap": tap}
+    else:
+        inputs, outputs = shape[::-1] if transposed else shape
+        view = {"inputs": inputs, "outputs": outputs}
+    nbytes = int(np.prod(shape)) * ITEM[dtype]
+    return Weight("W", op, ("node",), shape, dtype, nbytes, transposed=transposed, **view)
+
+
+@st.composite
+def weights_(draw_):
+    dtype = draw_(st.sampled_from(sorted(ITEM)))
+    if draw_(st.booleans()):
+        groups = draw_(st.sampled_from([1, 2]))
+        kernel = draw_(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        shape = (groups * draw_(st.integers(2, 9)), draw_(st.integers(2, 9)), *kernel)
+        return weight_of(shape, groups=groups, dtype=dtype)
+    shape = (draw_(st.integers(2, 40)), draw_(st.integers(2, 40)))
+    op = draw_(st.sampled_from(["Gemm", "MatMul"]))
+    return weight_of(shape, op=op, transposed=draw_(st.booleans()), dtype=dtype)
+
+
+def drawn(method: form.Form, weight: Weight, encoded: Encoded) -> ir.Model:
+    """A model whose output is what emit draws where the weight stood."""
+    x, y = ir.val("x", ir.DataType.FLOAT, [1]), ir.val("y", ir.DataType.FLOAT, [1])
+    identity = ir.node("Identity", [x], outputs=[y])
+    graph = ir.Graph([x], [y], nodes=[identity], opset_imports={"": 17}, name="net")
+    model = ir.Model(graph, ir_version=8)
+    paper = Paper(model)
+    build = Builder(graph, "W", paper)
+    value = method.emit(build, weight, encoded, None)
+    assert value is not None and not build.nodes  # constants only
+    paper.finish()
+    if value.is_initializer():  # a graph's output comes from a node
+        node = ir.node("Identity", [value])
+        graph.append(node)
+        value = node.outputs[0]
+        value.name = "out"
+    value.type = ir.TensorType(DTYPES[weight.dtype])
+    graph.outputs.append(value)
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+@given(weight=weights_(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data):
+    method = FORMS[name]
+    if method.supports(weight) is not None:
+        return
+    tensor = draw(np.random.default_rng(1), *weight.shape)
+    stored = data.draw(st.sampled_from(["float16", "float32"]))
+    task, options = Task(weight, tensor, None, False), Settings(factor_dtype=stored)
+    solved = method.solve([task], options, device="cpu")
+    candidates = solved.candidates()
+    if not candidates:
+        return
+    (candidate,) = data.draw(st.sampled_from(candidates))
+    method.check(weight, candidate.params)
+    (encoded,) = solved.encode([task], [candidate.params])
+    assert candidate.nbytes == method.cost(weight, candidate.params) == encoded.nbytes
+    model = drawn(method, weight, encoded)
+    held = [t for t in model.graph.initializers.values() if t.dtype != ir.DataType.INT64]  # shapes are structure
+    assert sum(v.const_value.nbytes for v in held) == encoded.nbytes
+    proto = ir.to_proto(model)
+    made = session(proto)
+    if weight.dtype == "bfloat16":  # NumPy cannot hold what the session would give
+        return
+    got = made.run([proto.graph.output[1].name], {"x": np.zeros(1, np.float32)})[0]
+    wanted = method.decode(weight, encoded)
+    magnitudes = {k: np.abs(a) for k, a in encoded.arrays.items()}
+    most = method.decode(weight, dataclasses.replace(encoded, arrays=magnitudes))
+    # sums of products in float32, and one rounding to the weight's type
+    terms = int(candidate.params.get("atoms", 0))
+    eps = 2.0**-23 * terms + (2.0**-11 if weight.dtype == "float16" else 0)
+    assert got.shape == weight.shape and got.dtype == np.dtype(weight.dtype)
+    assert np.all(np.abs(got.astype(np.float64) - wanted) <= eps * most)
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+@given(weight=weights_())
+@settings(max_examples=20, deadline=None)
+def test_encoding_one_choice_equals_encoding_from_the_curve(name, weight):
+    method = FORMS[name]
+    if method.supports(weight) is not None:
+        return
+    task = Task(weight, draw(np.random.default_rng(1), *weight.shape), None, False)
+    solved = method.solve([task], Settings(), device="cpu")
+    for (candidate,) in solved.candidates()[::5]:
+        (whole,) = solved.encode([task], [candidate.params])
+        single = method.encode(task, candidate.params, Settings(), device="cpu")
+        assert np.array_equal(method.decode(weight, whole), method.decode(weight, single))
+
+
+@given(weight=weights_(), axis=st.sampled_from(["rows", "columns"]), parts=st.sampled_from([1, 2, 3]))
+@settings(max_examples=40, deadline=None)
+def test_bytes_of_a_pair_grow_with_its_atoms(weight, axis, parts):
+    costs = [FORMS["dp"].cost(weight, pair(r, axis=axis, parts=parts)[1]) for r in range(1, 6)]
+    assert all(b > a for a, b in zip(costs, costs[1:], strict=False))
+    assert np.all(np.diff(costs) == costs[0])
+    twice = FORMS["dp"].cost(weight, pair(1, axis=axis, parts=parts, dtype="float32")[1])
+    assert twice == 2 * costs[0]
+
+
+def test_error_falls_with_atoms_and_full_rank_is_exact():
+    weight = weight_of((12, 4, 3, 3))
+    task = Task(weight, draw(np.random.default_rng(1), 12, 4, 3, 3), None, False)
+    errors = []
+    for rank in range(1, 13):
+        e = FORMS["dp"].encode(task, pair(rank, dtype="float32")[1], Settings(factor_dtype="float32"), device="cpu")
+        change = np.linalg.norm(FORMS["dp"].decode(weight, e) - task.tensor) / np.linalg.norm(task.tensor)
+        errors.append(change)
+        assert change == pytest.approx(e.error, rel=1e-3, abs=12 * 2.0**-20)
+    assert all(b <= a for a, b in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 36 * 2.0**-23
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"axis": "depth"}, "parts"), ({"parts": 3}, "parts"), ({"parts": 0}, "parts"), ({"atoms": 0}, "atoms"),
+        ({"atoms": 99}, "atoms"), ({"atoms": 2.5}, "atoms"), ({"dtype": "int8"}, "dtype"), ({"run": "fast"}, "run"),
+        ({"rank": 3}, "rank"), ({"atoms": None}, "atoms"),
+    ],
+)  # fmt: skip
+def test_params_without_a_meaning_are_refused_by_name(change, named):
+    params = {k: v for k, v in (pair(4)[1] | change).items() if v is not None}
+    with pytest.raises(PlanError, match=named):
+        FORMS["dp"].check(weight_of((8, 4, 3, 3)), params)
+
+
+def test_float16_takes_no_params_and_no_value_beyond_its_range():
+    weight = weight_of((8, 4, 3, 3))
+    with pytest.raises(PlanError, match="no parameter"):
+        FORMS["float16"].check(weight, {"atoms": 3})
+    tensor = draw(np.random.default_rng(1), 8, 4, 3, 3)
+    tensor[0, 0, 0, 0] = 7e4
+    task = Task(weight, tensor, None, False)
+    assert not FORMS["float16"].solve([task], Settings(), device="cpu").candidates()
+    with pytest.raises(PlanError, match="range"):
+        FORMS["float16"].encode(task, {}, Settings(), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float16_refuses_what_is_that_small(dtype):
+    assert "already" in FORMS["float16"].supports(weight_of((8, 4, 3, 3), dtype=dtype))
+
+
+def test_a_depthwise_weight_is_too_thin_for_a_pair():
+    assert "too thin" in FORMS["dp"].supports(weight_of((64, 1, 3, 3), groups=64))
+
+
+def test_an_unknown_method_is_refused_with_those_there_are():
+    with pytest.raises(UsageError, match="dp, float16"):
+        form.load("nothing")
+
+
+def test_both_forms_stand_behind_auto():
+    assert [f.name for f in form.forms_for("auto")] == ["dp", "float16"]
+    assert [f.name for f in form.forms_for("float16")] == ["float16"]
+
+
+def test_a_plug_in_that_is_no_form_is_refused(monkeypatch):
+    class Point:
+        name, value = "broken", "broken:Form"
+
+        def load(self):
+            return dict
+
+    monkeypatch.setattr(form, "entry_points", lambda group: [Point()])
+    with pytest.raises(MethodError, match="broken"):
+        form.load("broken")

@@ -1,0 +1,247 @@
+"""Print what classifiers lose: float16 alone, plain SVD, the published recipe and onnxdp's default.
+
+Every cell compresses ../shared/data/models/NAME.onnx with this checkout's command line and asks
+../shared/tools/evaluate.py what was lost. Columns of one row have at most the same bytes; float16 has a size
+of its own. The recipe's atoms are the most that fit: chosen by bytes, never by the pictures.
+
+    python tools/accuracy.py --models resnet20 --targets 3 --cache /tmp/cells
+    python tools/accuracy.py --variant 'blocks=--partition 288'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from common import (
+    cached,
+    classifiers,
+    commit,
+    evaluate,
+    into,
+    json_of,
+    markdown,
+    megabytes,
+    onnxdp,
+    say,
+    sha256,
+)
+
+TARGETS = {
+    "cifar10_resnet20": ("44.28%", "2", "3", "4"),
+    "cifar10_resnet56": ("44.60%", "2", "3"),
+    "cifar10_vgg16_half": ("4", "6", "8"),
+    "cifar10_googlenet_narrow": ("2", "3"),
+    "imagenet_resnet18_large_ktb": ("2", "14.9MB", "11.7MB"),
+    "imagenet_efficientnet_lite0": ("2", "3"),
+    "imagenet_mobilenet_v1_025": ("2", "3"),
+    "imagenet_squeezenet11": ("2", "3"),
+}
+"""Whole-file targets of each classifier: a ratio, a size, or (with %) how many per cent fewer bytes."""
+
+METHODS = {
+    "float16": "--method float16 --max-error 0.9",
+    "svd": "--method dp --unweighted --partition none --no-shared --solver exact",
+    "recipe": "--method dp --unweighted --partition 288 --no-shared --solver dpl --factor-dtype float16",
+    "ours": "--method dp",
+}
+TITLES = {"float16": "float16 alone", "svd": "plain SVD", "recipe": "published recipe", "ours": "**onnxdp**"}
+BLOCK = 288
+
+
+def bytes_of(target: str, nbytes: int) -> int:
+    """Return the bytes that a target allows a file of ``nbytes``."""
+    if target.endswith("%"):
+        return int(nbytes * (1 - float(target[:-1]) / 100))
+    if target.endswith("MB"):
+        return int(float(target[:-2]) * 1e6)
+    return int(nbytes / float(target))
+
+
+def compress(model: Path, out: Path, options: Sequence[str]) -> dict[str, Any] | None:
+    """Compress and measure one file; None where the target is out of reach."""
+    ran = onnxdp("compress", model, out, "--overwrite", "--json", *options)
+    if ran.code == 1:
+        return None
+    if ran.code:
+        raise RuntimeError(f"onnxdp compress {model.name} {shlex.join(options)}: {ran.sentence}")
+    return {"seconds": round(ran.seconds, 2), "report": json_of(ran)}
+
+
+def guess(model: Path, budget: int) -> int:
+    """Guess, from shapes alone, the atoms per 288-row block that fill the budget."""
+    tensors = [t for t in onnx.load(str(model)).graph.initializer if len(t.dims) >= 2]
+    shapes = []
+    for t in tensors:
+        outputs, inputs = t.dims[0], 1
+        for d in t.dims[1:]:
+            inputs *= d
+        shapes.append((inputs, outputs, max(1, round(inputs / BLOCK))))
+    rest = model.stat().st_size - sum(4 * m * n for m, n, _ in shapes)
+    for atoms in range(1, BLOCK):
+        if rest + sum(2 * min(m * n, atoms * (m + n * parts)) for m, n, parts in shapes) > budget:
+            return max(1, atoms - 1)
+    return BLOCK
+
+
+def most_atoms(model: Path, budget: int, options: Sequence[str]) -> int | None:
+    """Search the largest number of atoms, one for all layers, whose file is within the budget."""
+    least, beyond = 0, BLOCK + 1
+    trial, step = guess(model, budget), 1
+    while beyond - least > 1:
+        fits = (
+            compress(model, Path("unused.onnx"), [*options, "--atoms", str(trial), "--dry-run"]) is not None
+        )
+        say(f"  {model.stem}: {trial} atoms {'fit' if fits else 'do not fit'}")
+        least, beyond = (trial, beyond) if fits else (least, trial)
+        # Leap from the guess until it is bracketed, then halve.
+        leap = trial + step if fits else trial - step
+        trial = leap if least < leap < beyond else (least + beyond) // 2
+        step *= 2
+    return least or None
+
+
+def cell(model: Path, target: str, method: str, options: str, limit: int | None) -> dict[str, Any]:
+    """Fill one cell."""
+    budget = bytes_of(target, model.stat().st_size)
+    words = shlex.split(options)
+    if method != "float16":
+        words += ["--size", str(budget)]
+    row: dict[str, Any] = {"model": model.stem, "target": target, "budget": budget, "method": method}
+    if method == "recipe":
+        atoms = most_atoms(model, budget, words)
+        if atoms is None:
+            return {**row, "reached": False}
+        words += ["--atoms", str(atoms)]
+        row["atoms"] = atoms
+    with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
+        out = Path(folder) / "out.onnx"
+        made = compress(model, out, words)
+        if made is None:
+            return {**row, "reached": False}
+        found = evaluate(out, model, limit)
+    verification = made["report"]["verification"] or {"outputs": []}
+    return {
+        **row,
+        "reached": True,
+        "options": shlex.join(words),
+        "seconds": made["seconds"],
+        "output_error": max((o["relative"] for o in verification["outputs"]), default=None),
+        "commit": commit(),
+        **{
+            k: found[k]
+            for k in ("n", "top1", "top1_original", "lost", "lost_se", "logit_error", "bytes", "ratio")
+        },
+    }
+
+
+def wide(cells: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """Return the table that compares: points of top-1 lost, by method."""
+    rows = []
+    for model, target in dict.fromkeys((c["model"], c["target"]) for c in cells):
+        mine = {c["method"]: c for c in cells if (c["model"], c["target"]) == (model, target)}
+        any_ = next((c for c in mine.values() if c["reached"]), {"top1_original": float("nan")})
+        shown = f"{target}x" if target[-1].isdigit() else target.replace("%", " % fewer bytes")
+        budget = next(iter(mine.values()))["budget"]
+        row = [model, f"{shown} ({megabytes(budget)} MB)", f"{any_['top1_original']:.2f}"]
+        rows.append([*row, *(lost(mine.get(m), float16=m == "float16") for m in methods)])
+    return markdown(["model", "target", "top-1", *(TITLES.get(m, m) for m in methods)], rows)
+
+
+def lost(found: dict[str, Any] | None, *, float16: bool) -> str:
+    """Format what one cell lost."""
+    if found is None:
+        return ""
+    if not found["reached"]:
+        return "out of reach"
+    return f"{found['lost']:.2f} ± {found['lost_se']:.2f}" + (f" ({found['ratio']:.2f}x)" if float16 else "")
+
+
+def long(cells: Sequence[dict[str, Any]]) -> str:
+    """Return the table that has everything."""
+    rows = [
+        [
+            *(c["model"], c["target"], c["method"] + (f" N={c['atoms']}" if "atoms" in c else "")),
+            *(lost(c, float16=False), f"{c['bytes']:,}", f"{c['ratio']:.2f}", f"{c['logit_error']:.3f}"),
+            *(f"{c['output_error']:.3f}", f"{c['seconds']:.1f}"),
+        ]
+        for c in cells
+        if c["reached"]
+    ]
+    headers = ["model", "target", "method", "lost", "bytes", "ratio", "logit error", "probe error", "seconds"]
+    return markdown(headers, rows)
+
+
+def main() -> int:
+    """Fill the cells that were asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="parts of file names; default: all classifiers",
+    )
+    add(
+        "--targets",
+        "--ratios",
+        nargs="+",
+        metavar="T",
+        help="3 (ratio), 14.9MB, or 44.28%% (fewer bytes); default: each model's own",
+    )
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=OPTIONS",
+        help="another column: options of onnxdp compress, such as 'blocks=--method dp --partition 288'",
+    )
+    add("--limit", type=int, metavar="N", help="evaluate on the first N pictures only")
+    add(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep cells here; one made by the same sources is not made again",
+    )
+    add("--json", action="store_true", help="print the cells as JSON instead of tables")
+    add("--readme", type=Path, metavar="FILE", help="also put the comparing table into this file's gap")
+    asked = parser.parse_args()
+    variants = dict(v.split("=", 1) for v in asked.variant)
+    methods = {**{m: METHODS[m] for m in asked.methods}, **variants}
+    cells = []
+    for model in classifiers(asked.models):
+        for target in asked.targets or TARGETS.get(model.stem, ("2", "3")):
+            for method, options in methods.items():
+                # float16 has one size, whatever the target is
+                key_target = "" if method == "float16" else target
+                say(f"{model.stem} {target} {method}")
+                found = cached(
+                    asked.cache,
+                    [sha256(model), key_target, method, options, asked.limit],
+                    lambda m=model, t=target, w=method, o=options: cell(m, t, w, o, asked.limit),
+                )
+                budget = bytes_of(target, model.stat().st_size)
+                cells.append({**found, "target": target, "budget": budget})
+    if asked.json:
+        print(json.dumps(cells, indent=1))
+        return 0
+    table = wide(cells, list(methods))
+    note = f"Points of top-1 lost, ± one standard error of the paired difference; commit {commit()}."
+    print(f"{table}\n\n{note}\n\n{long(cells)}")
+    into(asked.readme, "accuracy", f"{table}\n\n{note}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

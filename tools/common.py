@@ -1,0 +1,191 @@
+"""What the tools share: the data beside the checkout, processes with their peak memory, tables, a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "models"
+
+
+def shared() -> Path:
+    """Return the folder with data/ and tools/: ONNXDP_SHARED, or ../shared beside the checkout."""
+    folder = Path(os.environ.get("ONNXDP_SHARED") or ROOT.parent / "shared")
+    if not (folder / "data").is_dir():
+        sys.exit(
+            f"There is no data at {folder}; set ONNXDP_SHARED to the folder that holds data/ and tools/."
+        )
+    return folder
+
+
+def classifiers(names: Sequence[str] = ()) -> list[Path]:
+    """Return the classifiers whose file name contains one of the names; all without names."""
+    found = sorted((shared() / "data" / "models").glob("*.onnx"))
+    chosen = [p for p in found if not names or any(n in p.stem for n in names)]
+    if not chosen:
+        sys.exit(f"No model is named like {', '.join(names)}; there are {', '.join(p.stem for p in found)}.")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How one process went; ``peak`` is its largest resident memory in bytes (VmHWM), 0 where unknown."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak: int
+
+    @property
+    def sentence(self) -> str:
+        """The last line that it wrote to stderr, else to stdout."""
+        return ((self.err.strip() or self.out.strip()).splitlines() or [""])[-1]
+
+
+def run(command: Sequence[str | Path], cwd: Path | None = None) -> Ran:
+    """Run a fresh process and watch its memory."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd
+        )
+        peak = 0
+        try:
+            while process.poll() is None:
+                peak = max(peak, _peak(process.pid))
+                time.sleep(0.01)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        err.seek(0)
+        return Ran(process.returncode, out.read(), err.read(), seconds, peak)
+
+
+def _peak(pid: int) -> int:
+    """Read VmHWM of the program that the process became; it never falls, so the last reading counts."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def onnxdp(*arguments: str | Path) -> Ran:
+    """Run the command line of this checkout."""
+    return run([sys.executable, "-m", "onnxdp", *arguments], cwd=None)
+
+
+def json_of(ran: Ran) -> dict[str, Any]:
+    """Read the last line of stdout that is a JSON object, or all of it."""
+    try:
+        value: dict[str, Any] = json.loads(ran.out)
+    except ValueError:
+        value = json.loads(ran.out.strip().splitlines()[-1])
+    return value
+
+
+def evaluate(model: Path, original: Path, limit: int | None = None) -> dict[str, Any]:
+    """Return what evaluate.py says of a classifier against the original."""
+    command = [sys.executable, shared() / "tools" / "evaluate.py", model, "--against", original]
+    ran = run([*command, *(["--limit", str(limit)] if limit else [])])
+    if ran.code:
+        raise RuntimeError(f"evaluate.py failed: {ran.sentence}")
+    return json_of(ran)
+
+
+def sha256(path: Path) -> str:
+    """Return the sum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sources() -> str:
+    """Return a sum of the package as it lies there, committed or not."""
+    total = hashlib.sha256()
+    for path in sorted(
+        [*ROOT.glob("onnxdp/*.py"), *ROOT.glob("onnxdp/methods/*.py"), *ROOT.glob("passes/*.py")]
+    ):
+        total.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def commit() -> str:
+    """Return the commit of the checkout, with a + where the package differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "onnxdp", "passes"], capture_output=True, text=True
+    ).stdout.strip()
+    return f"{name}{'+' if dirty else ''}" if name else "unknown"
+
+
+def cached(folder: Path | None, key: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what was made for the key by these very sources before, or make it."""
+    if folder is None:
+        return make()
+    before = sources()
+    name = hashlib.sha256(json.dumps([*key, before]).encode()).hexdigest()[:24]
+    path = folder / f"{name}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    made = make()
+    if sources() != before:  # somebody edited the package meanwhile: nobody knows what was measured
+        say("  the package changed while this was measured; the cell is not kept")
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(made, indent=1))
+    draft.replace(path)
+    return made
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table; numbers are for the caller to format."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(str(c) for c in row) + " |" for row in rows)])
+
+
+def into(path: Path | None, name: str, text: str) -> None:
+    """Put a table between ``<!-- table: NAME -->`` and ``<!-- end -->`` of a file such as README.md."""
+    if path is None:
+        return
+    old = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- table: {name} -->", "<!-- end -->"
+    if begin not in old or end not in old.split(begin, 1)[1]:
+        sys.exit(f"{path} has no gap '{begin}' ... '{end}'; add one.")
+    head, rest = old.split(begin, 1)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Format min / median / max."""
+    return " / ".join(f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+
+
+def megabytes(nbytes: float) -> str:
+    """Format bytes; MB = 10^6."""
+    return f"{nbytes / 1e6:.2f}"
+
+
+def say(text: str) -> None:
+    """Tell on stderr how far we are."""
+    print(text, file=sys.stderr, flush=True)
