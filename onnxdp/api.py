@@ -283,13 +283,16 @@ class _Job:
         """Refuse a plan of another model, or one that names what does not exist."""
         if made.model_sha256 != self.model.sha256:
             raise PlanError("The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'.")
+        if not made.choices:
+            raise TargetError("Nothing to gain: the plan changes no weight; write it again with 'onnxdp plan'.")
         known = {w.name: w for w in self.found.weights}
         for c in made.choices:
             if c.weight not in known:
                 raise PlanError(f"The plan names {c.weight!r}, which is no weight of the model; see 'onnxdp inspect'.")
             form = self.workshop.forms.get(c.method)
             if form is None:
-                raise PlanError(f"The plan stores {c.weight} by {c.method!r}, which its settings do not include.")
+                known_forms = ", ".join(self.workshop.forms)
+                raise PlanError(f"The plan stores {c.weight} by {c.method!r}; its settings know {known_forms}.")
             refusal = form.supports(known[c.weight])
             if refusal:
                 raise PlanError(f"The plan stores {c.weight} by {c.method}, but it {refusal}.")
@@ -307,11 +310,14 @@ class _Job:
         checked: list[tuple[Verification, float | None]] = []
 
         def check(at: Path) -> None:
+            self._refuse_growth(sum(p.stat().st_size for p in at.parent.iterdir()))
+            self.progress("verifying", 0, 1, "")
             with _clock(self.seconds, "verifying"):
                 checked.append(self._verified(given, at))
 
         if dry_run:
             nbytes = model_file.output_size(result, target=path)
+            self._refuse_growth(nbytes)
             file = File(None if path is None else str(path), "", nbytes)
             out: Any = None
         elif path is not None:
@@ -378,9 +384,17 @@ class _Job:
                 break
             over = self._size(choice) - budget
             if over <= 0:
-                return choice
+                return self._checked(search, choice, room, budget)
             room -= max(over, 64)
         return search.smallest()
+
+    def _checked(self, search: Search, choice: Choice, room: int, budget: int) -> Choice:
+        """Return the choice as measured together: without sharing, or repaired, where that is better and fits."""
+        for better in (search.unless_alone_is_better, search.repaired):
+            other = better(choice, room)
+            if other is choice or self._size(other) <= budget:
+                choice = other
+        return choice
 
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""
@@ -421,6 +435,14 @@ class _Job:
             raise TargetError(f"Nothing to gain: {_why_nothing(self.found)}.")
         return reached
 
+    def _refuse_growth(self, nbytes: int) -> None:
+        """Refuse a result (of a plan edited by hand) that is larger than the original."""
+        if nbytes >= self.model.nbytes:
+            raise TargetError(
+                f"Nothing to gain: the result would have {nbytes:,} bytes and the model has {self.model.nbytes:,}; "
+                "change the plan."
+            )
+
     def _worthwhile(self, choice: Choice, search: Search) -> None:
         """Refuse to write what is the original once more."""
         if self.model.nbytes - self._size(choice) >= MIN_GAIN * self.model.nbytes:
@@ -452,8 +474,9 @@ class _Job:
                 reason = reasons.get(w.name, "is not in the plan")
                 lines.append(Line(w.name, w.op, w.shape, "", {}, w.nbytes, w.nbytes, 0.0, None, reason))
                 continue
-            after = self.workshop.forms[c.method].cost(w, c.params)
-            error = arrays_of[w.name].error
+            stored = arrays_of[w.name]
+            after = sum(a.nbytes for role, a in stored.arrays.items() if stored.shared.get(role, w.name) == w.name)
+            error = stored.error
             lines.append(Line(w.name, w.op, w.shape, c.method, c.params, w.nbytes, after, error, c.damage, ""))
         lines += [Line(k.weight, "", (), "", {}, k.nbytes, k.nbytes, 0.0, None, k.reason) for k in self.found.kept]
         return tuple(lines)
@@ -485,7 +508,10 @@ def _prepare(model: Model, settings: Settings) -> list[str]:
 def _probed(network: Network, found: Found, settings: Settings) -> tuple[Found, Probes]:
     """Make the probes, and count what one sample costs each weight."""
     specs = runtime.input_specs(network.specification)
-    first = probes.make(specs, samples=1, seed=settings.seed, batch=1)
+    if settings.inputs is None:
+        first = probes.make(specs, samples=1, seed=settings.seed, batch=1)
+    else:
+        first = probes.load(settings.inputs, specs)
     positions = stats.positions(network, found, first.feeds[0], first.batch)
     found = replace(found, weights=tuple(replace(w, positions=positions.get(w.name, 0)) for w in found.weights))
     samples = settings.samples or _samples_for(stats.macs(found.weights, positions))
@@ -519,11 +545,13 @@ def _settings_of(made: Plan, **extra: Any) -> Settings:
     unknown = sorted(set(made.settings) - set(_ENCODING_SETTINGS))
     if unknown:
         raise PlanError(f"The plan's settings have an unknown entry {unknown[0]!r}; remove it.")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in made.settings.items()}
+    missing = [n for n in _ENCODING_SETTINGS if n not in made.settings]
+    if missing:
+        raise PlanError(f"The plan's settings lack {missing[0]!r}; write it again with 'onnxdp plan'.")
     try:
-        return Settings(**values, **extra)
-    except (UsageError, TypeError) as e:
-        raise PlanError(f"The plan's settings are unusable ({e}); write it again with 'onnxdp plan'.") from e
+        return Settings(**made.settings, **extra)
+    except UsageError as e:
+        raise PlanError(f"The plan's settings are unusable: {e.message}") from e
 
 
 def _why_nothing(found: Found) -> str:

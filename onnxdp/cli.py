@@ -230,7 +230,7 @@ def _ready(source: Path, target: Path | None, *, overwrite: bool, dry_run: bool,
 
 
 def _mention_default(settings: Settings, talk: _Talk) -> None:
-    if settings.ratio is None and settings.size is None and settings.max_error is None and not talk.quiet:
+    if settings.error_target is not None and settings.max_error is None and not talk.quiet:
         show.note(f"no target given: keeping the output error within {DEFAULT_MAX_ERROR:g} (--max-error)")
 
 

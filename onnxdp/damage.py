@@ -25,6 +25,12 @@ ROUNDS = 6
 FREE = 1e-5
 """Local errors whose square is below this are not worth a measurement (float16 has about 1e-7)."""
 
+APART = 1.5
+"""Damage as a whole over the sum of its parts, beyond which the choice is repaired."""
+SLIGHT = 0.01
+"""Damage that is not worth a repair."""
+LIMIT = 3.0
+"""Most by which one repair may change what a weight counts."""
 SMALL = 0.05
 """Share of the bytes whose holders, the smallest weights, stay float16 unless the target needs them."""
 
@@ -70,7 +76,7 @@ class Search:
             if not self._measure(choice, number):
                 break
             choice = self._choose(budget)
-        return self._repaired(choice, budget)
+        return choice
 
     def _scan(self) -> None:
         """Measure weights alone at a few shares of their float16 bytes, so that every curve has a foot to stand on.
@@ -162,11 +168,44 @@ class Search:
         assert self.meter is not None
         return self.meter.together(self.workshop.fed(self.meter.network, encoded, shifts))
 
-    def _repaired(self, choice: Choice, budget: int) -> Choice:
-        """Compare the choice as a whole with the sum of its parts."""
-        damage, error = self.together(choice)
-        log.info("foreseen damage %.4g, measured together %.4g, output error %.4g", choice.damage, damage, error)
+    def unless_alone_is_better(self, choice: Choice, budget: int) -> Choice:
+        """Return the choice, or the one without shared arrays where that, measured as a whole, does less damage."""
+        if self.workshop.sharing_is_asked or all("dictionary" not in c.params for c in choice.candidates.values()):
+            return choice
+        with_sharing = [item.together for item in self.items]
+        for item in self.items:
+            item.together = ()
+        try:
+            other = self.within(budget)
+        except TargetError:
+            other = choice
+        if self.together(other)[0] < self.together(choice)[0]:
+            return other
+        for item, together in zip(self.items, with_sharing, strict=True):
+            item.together = together
         return choice
+
+    def repaired(self, choice: Choice, budget: int) -> Choice:
+        """Check the choice as a whole; where the sum of its parts is far off, weigh each part within the whole.
+
+        What a weight's change costs is then the damage that goes when that one change is undone. The better of the
+        two choices, measured as wholes, is returned.
+        """
+        damage, error = self.together(choice)
+        log.info("foreseen damage %.4g, together %.4g, output error %.4g", choice.damage, damage, error)
+        if self.meter is None or damage <= max(APART * choice.damage, SLIGHT):
+            return choice
+        changed = [c for c in choice.candidates.values() if c.method != planner.KEEP and c.error**2 > FREE]
+        for done, c in enumerate(changed):
+            self.progress("weighing weights within the whole", done, len(changed), c.weight)
+            rest = {n: o for n, o in choice.candidates.items() if n not in {s.weight for s in self._with_sharers(c)}}
+            within = damage - self.together(Choice(rest, 0, 0.0))[0]
+            foreseen = planner.foreseen(c, self.curves)
+            self.curves[c.weight].scale *= min(max(within / max(foreseen, 1e-300), 1 / LIMIT), LIMIT)
+        other = self._choose(budget)
+        again, _ = self.together(other)
+        log.info("repaired: damage %.4g", again)
+        return other if again < damage else choice
 
     def smallest(self) -> Choice:
         """Return the smallest choice there is."""

@@ -15,7 +15,7 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import ModelError, PlanError
 from onnxdp.methods.form import Form, Solved, Task
-from onnxdp.network import Network, bias_input
+from onnxdp.network import Network, Stream, bias_input
 from onnxdp.planner import Item
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight
@@ -69,11 +69,14 @@ class Workshop:
         items = [[self.weights[n] for n in group] for group in self._items()]
         total = len(self.weights)
         done = 0
+        stream = Stream(network, probes) if network is not None and probes is not None else None
+        if network is not None:
+            items.sort(key=lambda item: stats.first_place(network, self.found, item[0]))
         for chunk in stats.chunks(items, probes.samples if probes else 1):
             members = [w for item in chunk for w in item]
             seen: dict[str, Seen] = {}
-            if network is not None and probes is not None:
-                seen = stats.gather(network, self.found, members, probes, seed=self._settings.seed)
+            if network is not None and stream is not None:
+                seen = stats.gather(stream, self.found, members, network, seed=self._settings.seed)
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
             jobs += [(self.forms[m], g) for g, m in self._groups.items() if g[0] in tasks]
@@ -177,6 +180,11 @@ class Workshop:
             return form.encode(task, candidate.params, self._settings, device=self._device)
 
     @property
+    def sharing_is_asked(self) -> bool:
+        """Whether sharing is not to be questioned."""
+        return self._settings.shared is True
+
+    @property
     def seed(self) -> int:
         """Seed of every random choice."""
         return self._settings.seed
@@ -207,7 +215,8 @@ class Workshop:
     def _task(self, weight: Weight, seen: Seen | None) -> Task:
         tensor = weights.tensor_of(self.found, weight.name)
         readers = self.found.readers[weight.name]
-        splittable = len(readers) == 1 and readers[0].direct
+        inside = readers[0].node.graph is self.found.values[weight.name].graph
+        splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
         return Task(weight, tensor, samples, splittable)
 

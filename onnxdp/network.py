@@ -66,6 +66,7 @@ class Network:
         self.specification = _without_inputs(self.proto, self.fed)
         self._threads, self._provider = threads, provider
         self.outputs = [o.name for o in self.proto.graph.output]
+        self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
         self._position = {
             name: i for i, node in reversed(list(enumerate(self.proto.graph.node))) for name in _reads(node)
         }
@@ -80,10 +81,6 @@ class Network:
     def run(self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes) -> dict[str, Array]:
         """Run one feed with some of the weights changed."""
         return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
-
-    def run_segment(self, session: Any, given: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run a session of :meth:`segment` on exactly its inputs."""
-        return runtime.run(session, given, outputs)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
         """Return a function that gives the scores of the classes, where the network has one output that looks like it."""
@@ -100,6 +97,10 @@ class Network:
     def position(self, weight: str) -> int:
         """Return the place, in graph order, of the first node that reads the weight."""
         return self._position.get(weight, 0)
+
+    def place(self, output: str) -> int:
+        """Return the place, in graph order, of the node that makes a tensor."""
+        return self._made_at[output]
 
     def alive(self, position: int) -> list[str]:
         """Name the tensors made before ``position`` that are read from there on, or are outputs."""
@@ -140,6 +141,51 @@ class Network:
         # ONNX Runtime 1.31 fuses Conv and Add even where the Conv's own output is asked for, and then fails.
         disabled = () if set(outputs) <= set(self.outputs) else ("ConvAddActivationFusion",)
         return runtime.session(proto, threads=self._threads, provider=self._provider, disabled=disabled)
+
+
+class Stream:
+    """A run of the network over all probes, halted between two nodes; moved on piece by piece.
+
+    Parameters
+    ----------
+    network : Network
+    probes : Probes
+    """
+
+    def __init__(self, network: Network, probes: Probes) -> None:
+        self._network = network
+        self._given = probes.feeds
+        self._place = 0
+        self._state: list[dict[str, Array]] = [{} for _ in probes.feeds]
+
+    @property
+    def feeds(self) -> int:
+        """Number of feeds that run side by side."""
+        return len(self._given)
+
+    def advance(self, place: int, changes: Changes) -> None:
+        """Run to the node at ``place``, with some of the weights on the way changed; from the start if it is past."""
+        if place < self._place:
+            self._place, self._state = 0, [{} for _ in self._given]
+        if place == self._place:
+            return
+        alive = self._network.alive(place)
+        made = [n for n in alive if n not in self._state[0]]
+        if made:
+            session = self._network.segment(self._place, place, types_of(self._state[0]), made)
+            wanted = [i.name for i in session.get_inputs()]
+            for given, state in zip(self._given, self._state, strict=True):
+                everything = {**self._network.fed, **given, **state, **changes}
+                state.update(runtime.run(session, {n: everything[n] for n in wanted}, made))
+        for state in self._state:
+            for name in set(state) - set(alive):
+                del state[name]
+        self._place = place
+
+    def tensor(self, feed: int, name: str) -> Array:
+        """Return a tensor that is alive here, or an input, of one feed; float32."""
+        state = self._state[feed]
+        return np.asarray(state[name] if name in state else self._given[feed][name], np.float32)
 
 
 @dataclass(slots=True)
@@ -271,6 +317,8 @@ def _without_inputs(proto: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.Mo
     kept = [_copy(v) for v in made.graph.input if v.name not in fed]
     del made.graph.input[:]
     made.graph.input.extend(kept)
+    # Their sizes stay: the rows of a table are what ids may be.
+    made.graph.initializer.extend(onnx.TensorProto(name=n, dims=a.shape) for n, a in fed.items())
     return made
 
 

@@ -155,8 +155,8 @@ class Plan:
             Not JSON, another schema, a missing or unknown field, or a value of the wrong type.
         """
         try:
-            raw = json.loads(text)
-        except ValueError as e:
+            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as e:
             raise PlanError(f"The plan is not JSON ({e}); write it again with 'onnxdp plan'.") from e
         if not isinstance(raw, dict):
             raise PlanError("The plan is not a JSON object; write it again with 'onnxdp plan'.")
@@ -170,6 +170,9 @@ class Plan:
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise PlanError(f"The plan names {twice[0]!r} twice; leave one of the two choices.")
+        both = sorted(set(names) & {k.weight for k in plan.kept})
+        if both:
+            raise PlanError(f"The plan both changes and keeps {both[0]!r}; remove it from choices or from kept.")
         return plan
 
 
@@ -386,6 +389,19 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, each key of which may be there once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice in one object")
+    return found
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def _read(cls: Any, raw: Any, where: str) -> Any:

@@ -14,13 +14,13 @@ method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from onnxdp import stats, weights
 from onnxdp.encoding import Workshop
-from onnxdp.network import Network, bias_input, types_of
+from onnxdp.network import Network, Stream
 from onnxdp.planner import KEEP
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight
@@ -57,16 +57,17 @@ def refine(
     order = sorted(
         (c for c in choices if c.method != KEEP and c.weight in network.fed), key=lambda c: network.position(c.weight)
     )
-    streams = _Streams(network, probes)
+    original, compressed = Stream(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
         progress("refitting weights", done, len(order), choice.weight)
         weight = workshop.weights[choice.weight]
         tap = stats.single_tap(workshop.found, weight)
         if tap is None or "dictionary" in choice.params:
             continue
-        streams.advance(network.position(choice.weight), changes)
-        seen = streams.sample(weight, tap, workshop.seed)
-        new, shift = _refit(workshop, weight, choice, *seen)
+        original.advance(network.position(choice.weight), {})
+        compressed.advance(network.position(choice.weight), changes)
+        x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
+        new, shift = _refit(workshop, weight, choice, x, seen)
         encoded[choice.weight] = new
         changes[choice.weight] = workshop.changes([new])[choice.weight]
         if stats.can_centre(workshop.found, weight):
@@ -116,43 +117,11 @@ def _ridge_solve(b: Array, target: Array) -> Array:
     return out
 
 
-class _Streams:
-    """The original and the compressed network, halted at the same place."""
-
-    def __init__(self, network: Network, probes: Probes) -> None:
-        self._network = network
-        self._place = 0
-        self._feeds = probes.feeds
-        self._state: tuple[list[dict[str, Array]], list[dict[str, Array]]] = (
-            [{} for _ in probes.feeds],
-            [{} for _ in probes.feeds],
-        )
-
-    def advance(self, place: int, changes: Mapping[str, Array]) -> None:
-        """Run both up to ``place``, the second with its weights changed."""
-        if place <= self._place:
-            return
-        alive = self._network.alive(place)
-        made = [n for n in alive if n not in self._state[0][0]]
-        if made:
-            session = self._network.segment(self._place, place, types_of(self._state[0][0]), made)
-            wanted = {i.name for i in session.get_inputs()}
-            for stream, fed in zip(self._state, ({}, changes), strict=True):
-                for feed, state in zip(self._feeds, stream, strict=True):
-                    given = {**self._network.fed, **feed, **state, **fed}
-                    state.update(self._network.run_segment(session, {k: given[k] for k in wanted}, made))
-        for stream in self._state:
-            for state in stream:
-                for name in set(state) - set(alive):
-                    del state[name]
-        self._place = place
-
-    def sample(self, weight: Weight, tap: stats.Tap, seed: int) -> tuple[Array, Array]:
-        """Return the same sampled rows of both inputs of the weight."""
-        rows: tuple[list[Array], list[Array]] = ([], [])
-        share = -(-stats.rows_wanted(weight) // len(self._feeds))
-        for stream, into in zip(self._state, rows, strict=True):
-            for number, (feed, state) in enumerate(zip(self._feeds, stream, strict=True)):
-                x = np.asarray(state[tap.source] if tap.source in state else feed[tap.source], np.float32)
-                into.append(tap.sample(weight, x, share, np.random.default_rng((seed, number))))
-        return np.concatenate(rows[0], axis=1), np.concatenate(rows[1], axis=1)
+def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array:
+    """Return sampled rows of the weight's input, the same places for every stream."""
+    count = -(-stats.rows_wanted(weight) // stream.feeds)
+    rows = [
+        tap.sample(weight, stream.tensor(number, tap.source), count, np.random.default_rng((seed, number)))
+        for number in range(stream.feeds)
+    ]
+    return np.concatenate(rows, axis=1)

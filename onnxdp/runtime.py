@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def session(
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # an arena keeps the peak of every run
     if threads is not None:
         options.intra_op_num_threads = threads
     wanted = [_PROVIDERS[provider]] if provider == "cpu" else [_PROVIDERS[provider], _PROVIDERS["cpu"]]
@@ -74,8 +76,7 @@ def session(
     except MemoryError:
         raise
     except Exception as e:  # ONNX Runtime raises a dozen classes of its own, all derived from Exception alone
-        reason = " ".join(str(e).split())
-        raise ModelError(f"ONNX Runtime cannot load the model ({reason[:300]}); check it with onnx.checker.") from e
+        raise ModelError(f"ONNX Runtime cannot load the model ({_reason(e)}); check it with onnx.checker.") from e
     if wanted[0] not in made.get_providers():
         raise SetupError("ONNX Runtime could not use CUDA and fell back to the CPU; see 'onnxdp doctor'.")
     return made
@@ -95,6 +96,14 @@ def _make(
         return ort.InferenceSession(str(path), options, **more)
 
 
+def _reason(error: Exception) -> str:
+    """Return what ONNX Runtime says, without its error codes and C++ signatures."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+\.(cc|h):\d+ [^()]*\(([^()]|\([^()]*\))*\) ", "", text)
+    return text[:300].rstrip(" .")
+
+
 def run(made: Any, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
     """Run one feed; returns name -> array for ``outputs`` (default: all).
 
@@ -109,9 +118,8 @@ def run(made: Any, feed: Mapping[str, Array], outputs: Sequence[str] | None = No
     except MemoryError:
         raise
     except Exception as e:
-        reason = " ".join(str(e).split())
         raise ModelError(
-            f"ONNX Runtime cannot run the model on these inputs ({reason[:300]}); give real ones with --inputs."
+            f"ONNX Runtime cannot run the model on these inputs ({_reason(e)}); give real ones with --inputs."
         ) from e
 
 
@@ -122,12 +130,42 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         InputSpec(
             name=value.name,
             dtype=_dtype_name(value.type.tensor_type.elem_type),
-            shape=tuple(_dim(d) for d in value.type.tensor_type.shape.dim),
+            shape=_shape(value, model.graph),
             vocabulary=_vocabulary(model.graph, value.name),
         )
         for value in model.graph.input
         if value.name not in held
     ]
+
+
+_KEEPS_SHAPE = ("Identity", "Cast", "Add", "Sub", "Mul", "Div", "BatchNormalization")
+
+
+def _shape(value: onnx.ValueInfoProto, graph: onnx.GraphProto) -> tuple[int | str | None, ...]:
+    """Return an input's shape; a free size that the first weight it meets fixes is that size."""
+    shape = [_dim(d) for d in value.type.tensor_type.shape.dim]
+    held = {t.name: t.dims for t in graph.initializer}
+    names = {value.name}
+    for node in _in_order(graph.node):
+        if node.input[0] not in names:
+            continue
+        if node.op_type in _KEEPS_SHAPE:
+            names.add(node.output[0])
+        elif len(node.input) > 1 and node.input[1] in held:
+            for axis, size in _fixed(node, held[node.input[1]]):
+                if -len(shape) <= axis < len(shape) and not isinstance(shape[axis], int):
+                    shape[axis] = size
+    return tuple(shape)
+
+
+def _fixed(node: onnx.NodeProto, dims: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (axis, size) of what a node's weight demands of its first input."""
+    numbers = {a.name: a.i for a in node.attribute}
+    if node.op_type == "Conv" and len(dims) > 2:
+        return [(1, dims[1] * numbers.get("group", 1))]
+    if node.op_type == "Gemm" and len(dims) == 2:
+        return [(0 if numbers.get("transA") else 1, dims[1 if numbers.get("transB") else 0])]
+    return [(-1, dims[-2])] if node.op_type == "MatMul" and len(dims) > 1 else []
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:

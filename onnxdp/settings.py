@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Settings:
     seed: int = _setting(0, "Seed of every random choice.")
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
         targets = [n for n in ("ratio", "size", "max_error") if getattr(self, n) is not None]
         if len(targets) > 1:
             raise UsageError(
@@ -141,6 +144,25 @@ def parse_size(text: str, nbytes: int) -> int:
 def help_of(name: str) -> str:
     """Return the sentence that explains a setting."""
     return str(next(f for f in dataclasses.fields(Settings) if f.name == name).metadata["help"])
+
+
+def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """Return the value in its setting's type: a plan or a caller may give a list, an int, a path's name."""
+    kind = str(setting.type)
+    if value is None and "None" in kind:
+        return None
+    if kind == "tuple[str, ...]" and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if kind.startswith("Path") and isinstance(value, str | os.PathLike):
+        return Path(value)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind.startswith("float") and numeric:
+        return float(value)
+    kinds = {"int": int, "str": str, "bool": bool}
+    plain = kinds.get(kind.split(" |")[0])
+    if plain is not None and isinstance(value, plain) and isinstance(value, bool) == (plain is bool):
+        return value
+    raise UsageError(f"{setting.name} is {value!r}, which is not of the kind {kind}; correct it.")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

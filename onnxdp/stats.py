@@ -13,12 +13,11 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.network import Network
-from onnxdp.probes import Probes
+from onnxdp.network import Network, Stream
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
 
-MAX_BYTES = 192_000_000
+MAX_BYTES = 96_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
 
 
@@ -60,19 +59,17 @@ def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Seq
         yield held
 
 
-def gather(
-    network: Network, found: Found, chosen: Sequence[Weight], probes: Probes, *, seed: int
-) -> dict[str, Seen]:
-    """Run the probes and sample the inputs of the chosen weights.
+def gather(stream: Stream, found: Found, chosen: Sequence[Weight], network: Network, *, seed: int) -> dict[str, Seen]:
+    """Run the probes on and sample the inputs of the chosen weights.
 
     Parameters
     ----------
-    network : Network
-        The original.
+    stream : Stream
+        Of the original, before the first of the chosen weights; left at the last of them.
     found : Found
     chosen : sequence of Weight
         A weight none of whose readers lies in the outermost graph is left out of the result.
-    probes : Probes
+    network : Network
     seed : int
         Of the choice of rows.
 
@@ -80,23 +77,22 @@ def gather(
     -------
     dict of str to Seen
     """
-    taps = {w.name: _taps(found, w) for w in chosen}
-    wanted = sorted({t.source for group in taps.values() for t in group})
-    if not wanted:
-        return {}
-    session = network.session(wanted)
-    rows: dict[str, list[Array]] = {w.name: [] for w in chosen}
-    for number, feed in enumerate(probes.feeds):
-        outputs = network.run(session, feed, wanted, {})
-        for order, weight in enumerate(chosen):
-            share = math.ceil(rows_wanted(weight) / len(probes.feeds) / max(1, len(taps[weight.name])))
-            generator = np.random.default_rng((seed, number, order))
-            for tap in taps[weight.name]:
-                activation = np.asarray(outputs[tap.source], np.float32)
-                rows[weight.name].append(tap.sample(weight, activation, share, generator))
-    return {
-        w.name: _seen(np.concatenate(rows[w.name], axis=1), can_centre(found, w)) for w in chosen if rows[w.name]
-    }
+    places = [
+        (network.place(tap.output), weight, tap)
+        for weight in chosen
+        for tap in _taps(found, weight)
+    ]
+    counts = {w.name: sum(w is other for _, other, _ in places) for w in chosen}
+    rows: dict[str, list[Array]] = {}
+    for place, weight, tap in sorted(places, key=lambda p: p[0]):
+        stream.advance(place, {})
+        count = math.ceil(rows_wanted(weight) / stream.feeds / counts[weight.name])
+        for number in range(stream.feeds):
+            generator = np.random.default_rng((seed, number))
+            rows.setdefault(weight.name, []).append(
+                tap.sample(weight, stream.tensor(number, tap.source), count, generator)
+            )
+    return {w.name: _seen(rows[w.name], can_centre(found, w)) for w in chosen if w.name in rows}
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
@@ -119,6 +115,11 @@ class Tap:
 
     source: str
     reader: Reader
+
+    @property
+    def output(self) -> str:
+        """Name of the tensor that the reader makes."""
+        return self.reader.node.outputs[0].name or ""
 
     def sample(self, weight: Weight, x: Array, count: int, generator: np.random.Generator) -> Array:
         """Return (groups, at most ``count``, inputs) rows."""
@@ -168,6 +169,11 @@ def _taps(found: Found, weight: Weight) -> list[Tap]:
     return taps
 
 
+def first_place(network: Network, found: Found, weight: Weight) -> int:
+    """Return the place of the first node in the outermost graph that multiplies by the weight; 0 without one."""
+    return min((network.place(tap.output) for tap in _taps(found, weight)), default=0)
+
+
 def single_tap(found: Found, weight: Weight) -> Tap | None:
     """Return the one place where the weight meets activations, None where there are several or none."""
     taps = _taps(found, weight)
@@ -186,12 +192,14 @@ def sources(found: Found) -> dict[str, str]:
     return result
 
 
-def _seen(rows: Array, centre: bool) -> Seen:
-    count = rows.shape[1]
+def _seen(pieces: list[Array], centre: bool) -> Seen:
+    rows = np.concatenate(pieces, axis=1)
+    pieces.clear()
     mean = rows.mean(axis=1, dtype=np.float64).astype(np.float32) if centre else None
     if mean is not None:
-        rows = rows - mean[:, None, :]
-    return Seen(rows / np.float32(math.sqrt(count)), mean)
+        rows -= mean[:, None, :]
+    rows *= np.float32(1 / math.sqrt(rows.shape[1]))
+    return Seen(rows, mean)
 
 
 def _geometry(node: ir.Node, weight: Weight, shape: tuple[int, ...]) -> _Geometry:

@@ -72,7 +72,7 @@ class _Tally:
     def __init__(self) -> None:
         self.seen = 0
         self._max = self._sum = self._apart = self._size = 0.0
-        self._same = self._rows = 0
+        self._same = self._rows = self._finite = 0
 
     def add(self, a: Any, b: Any) -> None:
         if not isinstance(a, np.ndarray) or a.dtype.kind not in "fiub" or not a.size:
@@ -82,20 +82,23 @@ class _Tally:
             self._apart = float("inf")
             return
         x, y = a.astype(np.float64), b.astype(np.float64)
-        apart = np.abs(x - y)
-        apart[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0
+        alike, finite = (x == y) | (np.isnan(x) & np.isnan(y)), np.isfinite(x)
+        with np.errstate(invalid="ignore"):  # inf - inf, which counts as no difference
+            apart = np.where(alike, 0.0, np.abs(x - y))
         self.seen += a.size
+        self._finite += int(finite.sum())
         self._max = max(self._max, float(apart.max()))
         self._sum += float(apart.sum())
         self._apart += float(np.square(apart).sum())
-        self._size += float(np.square(np.nan_to_num(x)).sum())
+        self._size += float(np.square(np.where(finite, x, 0.0)).sum())
         if a.ndim and a.shape[-1] > 1 and a.dtype.kind == "f":
             same = x.argmax(-1) == y.argmax(-1)
             self._same += int(same.sum())
             self._rows += same.size
 
     def result(self, name: str) -> OutputDifference:
-        relative = (self._apart / (self._size or 1.0)) ** 0.5
+        # Two models that give nothing but NaN have not been compared.
+        relative = (self._apart / (self._size or 1.0)) ** 0.5 if self._finite else float("nan")
         same = self._same / self._rows if self._rows else None
         return OutputDifference(name, self._max, self._sum / self.seen, relative, same)
 

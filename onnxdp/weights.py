@@ -1,8 +1,8 @@
 """Find the weights of a graph, and see each as the matrix its readers multiply by.
 
 A weight is a floating-point constant (initializer or Constant node, in the graph or in an If/Loop body) whose
-readers, looked at through Identity, Transpose, Reshape and the like, are operators that hold trained weights. Every
-other constant is left alone, and the reason is kept for the report.
+readers, looked at through Identity, Transpose, Reshape and the like, are operators that hold trained weights.
+Every other constant is left alone, and the reason is kept for the report.
 """
 
 from __future__ import annotations
@@ -29,14 +29,32 @@ MIN_BYTES = 1024
 """Smaller constants are left alone: what decodes them would outweigh what they save."""
 
 _THROUGH = frozenset(
-    ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Split")
+    (
+        "Identity",
+        "Cast",
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Slice",
+        "Concat",
+        "Split",
+    )
 )
 """Operators that only move numbers about."""
 
 _MATRIX = {"Conv": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
 """Operators whose input at these places is a matrix that dictionary pairs can rebuild."""
 
-_STORED = {"ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2), "Gather": (0,), "Einsum": (0, 1)}
+_STORED = {
+    "ConvTranspose": (1,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+    "Gather": (0,),
+    "Einsum": (0, 1),
+}
 """Operators that hold trained weights in another shape: they may change their storage type only."""
 
 
@@ -87,7 +105,9 @@ def find(model: ir.Model) -> Found:
         readers, refusal = _readers(value)
         weight = None if refusal else _view(name, tensor, readers, node_names)
         if value.is_graph_input():
-            refusal = "is also a graph input and can be fed; give --freeze-initializers to treat it as a constant"
+            refusal = (
+                "is also a graph input and can be fed; give --freeze-initializers to treat it as a constant"
+            )
         elif value.is_graph_output():
             refusal = "is also a graph output"
         if refusal or weight is None:
@@ -99,7 +119,9 @@ def find(model: ir.Model) -> Found:
     for function in model.functions.values():
         held = sum(_function_bytes(node) for node in function)
         if held >= MIN_BYTES:
-            kept.append(Kept(f"function {function.name}", "its constants lie inside a model-local function", held))
+            kept.append(
+                Kept(f"function {function.name}", "its constants lie inside a model-local function", held)
+            )
     return Found(model.graph, tuple(weights), tuple(kept), values, all_readers)
 
 
@@ -118,7 +140,9 @@ def select(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Foun
         chosen = {n for p in include for n in _matching(p, found, "--include")}
     dropped = {n for p in exclude for n in _matching(p, found, "--exclude")}
     kept = [
-        Kept(w.name, "is excluded by --exclude" if w.name in dropped else "is not named by --include", w.nbytes)
+        Kept(
+            w.name, "is excluded by --exclude" if w.name in dropped else "is not named by --include", w.nbytes
+        )
         for w in found.weights
         if w.name not in chosen or w.name in dropped
     ]
@@ -128,7 +152,7 @@ def select(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Foun
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of an initializer or a Constant node as it is (onnx-ir's own helper renames the node's)."""
+    """Return the tensor of an initializer or a Constant node as it is; onnx-ir's own helper renames it."""
     node = None if value is None else value.producer()
     held = None if node is None else node.attributes.get("value")
     if node is not None and node.op_type == "Constant" and node.domain == "" and held is not None:
@@ -181,9 +205,13 @@ def unblocks(weight: Weight, stack: Array, axis: str = "rows", parts: int = 1) -
 def can_centre(found: Found, weight: Weight) -> bool:
     """Whether the mean's share of the output error can be put into a bias: one Conv or Gemm reads x W."""
     readers = found.readers[weight.name]
-    return len(readers) == 1 and readers[0].direct and readers[0].node.op_type in ("Conv", "Gemm") and (
-        readers[0].index == 1
-    ) and bias_is_constant(readers[0].node)
+    return (
+        len(readers) == 1
+        and readers[0].direct
+        and readers[0].node.op_type in ("Conv", "Gemm")
+        and (readers[0].index == 1)
+        and bias_is_constant(readers[0].node)
+    )
 
 
 def bias_is_constant(node: ir.Node) -> bool:
@@ -240,8 +268,10 @@ def _readers(value: ir.Value) -> tuple[tuple[Reader, ...], str | None]:
     return tuple(found), None
 
 
-def _view(name: str, tensor: ir.TensorProtocol, readers: Sequence[Reader], names: dict[ir.Node, str]) -> Weight:
-    """Describe the matrix that the readers agree on; where they do not, one that is only stored (op is theirs)."""
+def _view(
+    name: str, tensor: ir.TensorProtocol, readers: Sequence[Reader], names: dict[ir.Node, str]
+) -> Weight:
+    """Describe the matrix that the readers agree on; where they do not, one that is only stored."""
     shape = tuple(int(d) for d in tensor.shape.numpy())
     views = {_matrix_view(shape, r) for r in readers if r.node.op_type in _MATRIX}
     nodes = tuple(dict.fromkeys(names[r.node] for r in readers))
@@ -262,7 +292,7 @@ def _view(name: str, tensor: ir.TensorProtocol, readers: Sequence[Reader], names
 
 
 def _matrix_view(shape: tuple[int, ...], reader: Reader) -> tuple[int, int, int, int, bool] | None:
-    """Give (inputs, outputs, groups, tap, transposed) of the stored tensor for one reader, None where it has none."""
+    """Give (inputs, outputs, groups, tap, transposed) as one reader sees the tensor, None where none."""
     node = reader.node
     if node.op_type == "Conv":
         group = node.attributes.get("group")
@@ -303,7 +333,9 @@ def _matrix_view(shape: tuple[int, ...], reader: Reader) -> tuple[int, int, int,
 
 def _only_passed(value: ir.Value | None) -> bool:
     """Whether only Identity and Cast lie between a constant and ``value``."""
-    while value is not None and (node := value.producer()) is not None and node.op_type in ("Identity", "Cast"):
+    while (
+        value is not None and (node := value.producer()) is not None and node.op_type in ("Identity", "Cast")
+    ):
         value = node.inputs[0]
     return constant(value) is not None
 

@@ -109,14 +109,15 @@ class Rewritten:
     def terms(self) -> int:
         """The most products that one output number sums up, and eight roundings more."""
         counts = [
-            w.inputs + int(self.encoded[n].params.get("atoms", 0)) * int(self.encoded[n].params.get("parts", 1))
+            w.inputs
+            + int(self.encoded[n].params.get("atoms", 0)) * int(self.encoded[n].params.get("parts", 1))
             for n, w in self.weights.items()
             if n in self.encoded
         ]
         return sum(counts) + 8
 
     def assert_equals_dense(self, feed: Mapping[str, Array], eps: float = 2.0**-23) -> None:
-        """Outputs differ by at most eps * terms * majorant (Higham, gamma_n <= n eps for products and sums)."""
+        """Outputs differ by at most eps * terms * majorant (Higham: gamma_n <= n eps for sums)."""
         onnx.checker.check_model(self.proto, full_check=True)
         largest = run(self.majorant(), {k: np.asarray(np.abs(v)) for k, v in feed.items()})
         for got, wanted, most in zip(run(self.proto, feed), run(self.dense(), feed), largest, strict=True):
@@ -191,7 +192,9 @@ def with_tensors(proto: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.Mo
             array = arrays.get(name if seen[name] == 1 else f"{name}#{seen[name]}")
             if array is not None:
                 dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).astype(dtype), tensor.name))
+                tensor.CopyFrom(
+                    numpy_helper.from_array(np.ascontiguousarray(array).astype(dtype), tensor.name)
+                )
     return made
 
 

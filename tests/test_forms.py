@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rewriting import FORMS, draw, pair, session
 
@@ -71,21 +72,20 @@ def drawn(method: form.Form, weight: Weight, encoded: Encoded) -> ir.Model:
 @settings(max_examples=40, deadline=None)
 def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data):
     method = FORMS[name]
-    if method.supports(weight) is not None:
-        return
+    assume(method.supports(weight) is None)
     tensor = draw(np.random.default_rng(1), *weight.shape)
     stored = data.draw(st.sampled_from(["float16", "float32"]))
     task, options = Task(weight, tensor, None, False), Settings(factor_dtype=stored)
     solved = method.solve([task], options, device="cpu")
     candidates = solved.candidates()
-    if not candidates:
-        return
+    assume(candidates)
     (candidate,) = data.draw(st.sampled_from(candidates))
     method.check(weight, candidate.params)
     (encoded,) = solved.encode([task], [candidate.params])
     assert candidate.nbytes == method.cost(weight, candidate.params) == encoded.nbytes
     model = drawn(method, weight, encoded)
-    held = [t for t in model.graph.initializers.values() if t.dtype != ir.DataType.INT64]  # shapes are structure
+    # the shapes of Reshape are structure
+    held = [t for t in model.graph.initializers.values() if t.dtype != ir.DataType.INT64]
     assert sum(v.const_value.nbytes for v in held) == encoded.nbytes
     proto = ir.to_proto(model)
     made = session(proto)
@@ -95,11 +95,12 @@ def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data)
     wanted = method.decode(weight, encoded)
     magnitudes = {k: np.abs(a) for k, a in encoded.arrays.items()}
     most = method.decode(weight, dataclasses.replace(encoded, arrays=magnitudes))
-    # sums of products in float32, and one rounding to the weight's type
+    # sums of products in float32, and one rounding to the weight's type (absolute below its normals)
     terms = int(candidate.params.get("atoms", 0))
-    eps = 2.0**-23 * terms + (2.0**-11 if weight.dtype == "float16" else 0)
+    half, tiny = (2.0**-11, 2.0**-25) if weight.dtype == "float16" else (0.0, 0.0)
+    eps = 2.0**-23 * terms + half
     assert got.shape == weight.shape and got.dtype == np.dtype(weight.dtype)
-    assert np.all(np.abs(got.astype(np.float64) - wanted) <= eps * most)
+    assert np.all(np.abs(got.astype(np.float64) - wanted) <= (1 + half) * eps * most + tiny)
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))
@@ -107,8 +108,7 @@ def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data)
 @settings(max_examples=20, deadline=None)
 def test_encoding_one_choice_equals_encoding_from_the_curve(name, weight):
     method = FORMS[name]
-    if method.supports(weight) is not None:
-        return
+    assume(method.supports(weight) is None)
     task = Task(weight, draw(np.random.default_rng(1), *weight.shape), None, False)
     solved = method.solve([task], Settings(), device="cpu")
     for (candidate,) in solved.candidates()[::5]:
@@ -121,7 +121,7 @@ def test_encoding_one_choice_equals_encoding_from_the_curve(name, weight):
 @settings(max_examples=40, deadline=None)
 def test_bytes_of_a_pair_grow_with_its_atoms(weight, axis, parts):
     costs = [FORMS["dp"].cost(weight, pair(r, axis=axis, parts=parts)[1]) for r in range(1, 6)]
-    assert all(b > a for a, b in zip(costs, costs[1:], strict=False))
+    assert all(b > a for a, b in pairwise(costs))
     assert np.all(np.diff(costs) == costs[0])
     twice = FORMS["dp"].cost(weight, pair(1, axis=axis, parts=parts, dtype="float32")[1])
     assert twice == 2 * costs[0]
@@ -132,19 +132,22 @@ def test_error_falls_with_atoms_and_full_rank_is_exact():
     task = Task(weight, draw(np.random.default_rng(1), 12, 4, 3, 3), None, False)
     errors = []
     for rank in range(1, 13):
-        e = FORMS["dp"].encode(task, pair(rank, dtype="float32")[1], Settings(factor_dtype="float32"), device="cpu")
+        e = FORMS["dp"].encode(
+            task, pair(rank, dtype="float32")[1], Settings(factor_dtype="float32"), device="cpu"
+        )
         change = np.linalg.norm(FORMS["dp"].decode(weight, e) - task.tensor) / np.linalg.norm(task.tensor)
         errors.append(change)
         assert change == pytest.approx(e.error, rel=1e-3, abs=12 * 2.0**-20)
-    assert all(b <= a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b <= a for a, b in pairwise(errors))
     assert errors[-1] < 36 * 2.0**-23
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"axis": "depth"}, "parts"), ({"parts": 3}, "parts"), ({"parts": 0}, "parts"), ({"atoms": 0}, "atoms"),
-        ({"atoms": 99}, "atoms"), ({"atoms": 2.5}, "atoms"), ({"dtype": "int8"}, "dtype"), ({"run": "fast"}, "run"),
+        ({"axis": "depth"}, "axis|along"), ({"parts": 3}, "parts"), ({"parts": 0}, "parts"),
+        ({"atoms": 0}, "atoms"), ({"atoms": 99}, "atoms"), ({"atoms": 2.5}, "atoms"),
+        ({"dtype": "int8"}, "dtype"), ({"run": "fast"}, "run"),
         ({"rank": 3}, "rank"), ({"atoms": None}, "atoms"),
     ],
 )  # fmt: skip

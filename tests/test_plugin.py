@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
+import zipfile
 
 import numpy as np
 import onnx
@@ -33,7 +33,7 @@ class Toy:
     def check(self, weight, params):
         pass
 
-    def groups(self, weights, sources):
+    def groups(self, weights, sources, *, everywhere=False):
         return ()
 
     def solve(self, tasks, settings, *, device):
@@ -69,38 +69,27 @@ class Rounded:
         return (Encoded(tasks[0].weight.name, "toy", {}, arrays, self.error),)
 '''
 
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "onnxdp-toy"
-version = "1.0"
-[project.entry-points."onnxdp.methods"]
-toy = "onnxdp_toy:Toy"
-[tool.setuptools]
-py-modules = ["onnxdp_toy"]
-"""
+INFO = "onnxdp_toy-1.0.dist-info"
+WHEEL = {
+    "onnxdp_toy.py": SOURCE,
+    f"{INFO}/METADATA": "Metadata-Version: 2.1\nName: onnxdp-toy\nVersion: 1.0\n",
+    f"{INFO}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    f"{INFO}/entry_points.txt": "[onnxdp.methods]\ntoy = onnxdp_toy:Toy\n",
+}
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Install the toy package into a folder of its own, as pip does it, without the network."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    (source / "onnxdp_toy.py").write_text(textwrap.dedent(SOURCE), encoding="utf-8")
-    (source / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
-    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True)
-    if done.returncode:  # no pip or setuptools here: write what they would have
-        pytest.importorskip("importlib.metadata")
-        (target / "onnxdp_toy.py").write_text(textwrap.dedent(SOURCE), encoding="utf-8")
-        info = target / "onnxdp_toy-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxdp-toy\nVersion: 1.0\n", encoding="utf-8")
-        (info / "entry_points.txt").write_text("[onnxdp.methods]\ntoy = onnxdp_toy:Toy\n", encoding="utf-8")
-    sys.path.insert(0, str(target))
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Install the toy package into a folder of its own with pip, from a wheel, without the network."""
+    wheel, target = tmp_path / "onnxdp_toy-1.0-py3-none-any.whl", tmp_path / "site"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in WHEEL.items():
+            archive.writestr(name, text)
+        archive.writestr(f"{INFO}/RECORD", "".join(f"{name},,\n" for name in [*WHEEL, f"{INFO}/RECORD"]))
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    monkeypatch.syspath_prepend(str(target))
     yield target
-    sys.path.remove(str(target))
     sys.modules.pop("onnxdp_toy", None)
 
 

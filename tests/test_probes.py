@@ -270,7 +270,7 @@ REFUSED = {
     "has 3 axes": {"x": np.zeros((4, 5, 1), F32), "y": np.zeros((4, 2), np.int64)},
     "make axis 1 5 long": {"x": np.zeros((4, 6), F32), "y": np.zeros((4, 2), np.int64)},
     "4 samples of 'x' and 6 of 'y'": {"x": np.zeros((4, 5), F32), "y": np.zeros((6, 2), np.int64)},
-    "multiple of": {"x": np.zeros((0, 5), F32), "y": np.zeros((0, 2), np.int64)},
+    "holds no sample": {"x": np.zeros((0, 5), F32), "y": np.zeros((0, 2), np.int64)},
     "holds pickled": {"x": np.array([{}, None], object), "y": np.zeros((4, 2), np.int64)},
 }
 

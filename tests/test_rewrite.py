@@ -24,7 +24,11 @@ def convolutions(draw_):
     strides = draw_(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
     auto = draw_(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
     # ONNX Runtime refuses SAME with dilations
-    dilations = [1] * rank if auto.startswith("SAME") else draw_(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    dilations = (
+        [1] * rank
+        if auto.startswith("SAME")
+        else draw_(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    )
     pads = draw_(st.lists(st.integers(0, 2), min_size=2 * rank, max_size=2 * rank))
     attributes = {"strides": strides, "dilations": dilations, "group": groups}
     attributes |= {"pads": pads} if auto == "NOTSET" else {"auto_pad": f'"{auto}"'}
@@ -59,7 +63,11 @@ def test_conv_equals_the_dense_model(case):
     made = rewrite(proto, {"W": params})
     made.assert_equals_dense({"x": draw(rng, 2, shape[1] * groups, *(7, 6, 5)[:rank])})
     ops = sorted(n.op_type for n in made.proto.graph.node if n.op_type == "Conv")
-    split = params[1]["run"] == "split" and groups == 1 and (params[1]["parts"] == 1 or params[1]["axis"] == "rows")
+    split = (
+        params[1]["run"] == "split"
+        and groups == 1
+        and (params[1]["parts"] == 1 or params[1]["axis"] == "rows")
+    )
     assert len(ops) == (2 if split else 1)
 
 
@@ -175,7 +183,10 @@ def test_matmul_equals_the_dense_model(left, lead, run_as, cut):
     tensors = {"W": draw(rng, 6, 8) if left else draw(rng, 8, 6)}
     inputs, outputs = (f"float[{','.join(map(str, s))}]" for s in (x, y))
     body = f"y = MatMul({'W, x' if left else 'x, W'})"
-    made = rewrite(model(body, f"{inputs} x", f"{outputs} y", tensors), {"W": pair(2, run=run_as, axis=cut[0], parts=cut[1])})
+    made = rewrite(
+        model(body, f"{inputs} x", f"{outputs} y", tensors),
+        {"W": pair(2, run=run_as, axis=cut[0], parts=cut[1])},
+    )
     made.assert_equals_dense({"x": draw(rng, *x)})
     products = [n for n in made.proto.graph.node if n.op_type == "MatMul" and "x" not in n.name]
     assert len(products) == 2
@@ -202,7 +213,11 @@ def test_a_weight_behind_operators_that_move_it(chain, constant):
     tensors |= {"to": np.array([8, -1])} if "to" in steps.split("(W, ")[-1][:2] else {}
     tensors |= {"from": np.array([6, 8])} if "from" in steps else {}
     proto = model(
-        f"{steps} y = MatMul(x, w)", "float[N,8] x", "float[N,6] y", tensors, constants=["W"] if constant else []
+        f"{steps} y = MatMul(x, w)",
+        "float[N,8] x",
+        "float[N,6] y",
+        tensors,
+        constants=["W"] if constant else [],
     )
     _, found = rewriting.find(proto)
     (weight,) = (w for w in found.weights if w.name == "W")
@@ -251,7 +266,10 @@ def test_a_tied_embedding_is_stored_once(constant):
 @pytest.mark.parametrize("run_as", ["fold", "split"])
 def test_a_weight_of_several_nodes_is_folded_once(run_as):
     rng = np.random.default_rng(5)
-    body = "a = Conv<strides = [2, 2]>(x, W) b = Conv<pads = [1, 1, 1, 1]>(x, W) c = ReduceSum(a) d = ReduceSum(b) y = Add(c, d)"
+    body = (
+        "a = Conv<strides = [2, 2]>(x, W) b = Conv<pads = [1, 1, 1, 1]>(x, W)"
+        " c = ReduceSum(a) d = ReduceSum(b) y = Add(c, d)"
+    )
     proto = model(body, "float[N,4,6,6] x", "float[1,1,1,1] y", {"W": draw(rng, 8, 4, 3, 3)})
     made = rewrite(proto, {"W": pair(3, run=run_as)})
     assert [t.name for t in made.proto.graph.initializer][:2] == ["W.atoms", "W.codes"]
@@ -282,8 +300,11 @@ def test_other_floating_types(dtype, run_as, stored):
 
 BODIES = {
     "constants": (
-        "y = If(cond) <then_branch = a () => (float[N,6] p) { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
-        " else_branch = b () => (float[N,6] q) { w = Constant <value = float[8,6] {%s}> () q = MatMul(x, w) }>",
+        "y = If(cond)"
+        " <then_branch = a () => (float[N,6] p)"
+        " { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
+        " else_branch = b () => (float[N,6] q)"
+        " { w = Constant <value = float[8,6] {%s}> () q = MatMul(x, w) }>",
         ["w", "w#2"],
     ),
     "captured": (
@@ -351,7 +372,9 @@ def test_two_constants_multiplied_by_each_other():
 # ---- one dictionary of several weights
 
 
-@pytest.mark.parametrize("run_as", [("split", "split"), ("fold", "split"), ("split", "fold"), ("fold", "fold")])
+@pytest.mark.parametrize(
+    "run_as", [("split", "split"), ("fold", "split"), ("split", "fold"), ("fold", "fold")]
+)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("constants", [[], ["V"], ["W"], ["V", "W"]])
 def test_convs_on_one_tensor_run_one_atoms_operator(run_as, parts, constants):
@@ -360,9 +383,7 @@ def test_convs_on_one_tensor_run_one_atoms_operator(run_as, parts, constants):
     # initializers stand in another order than their nodes
     body = "r = Relu(x) p = Conv(r, W, b) q = Conv(r, V) y = Concat<axis = 1>(p, q)"
     proto = model(body, "float[N,4,6,6] x", "float[N,14,4,4] y", tensors, constants=constants)
-    params = {
-        n: pair(3, run=how, parts=parts, dictionary="V") for n, how in zip("VW", run_as, strict=True)
-    }
+    params = {n: pair(3, run=how, parts=parts, dictionary="V") for n, how in zip("VW", run_as, strict=True)}
     made = rewrite(proto, params, groups=[["V", "W"]])
     made.assert_equals_dense({"x": draw(rng, 2, 4, 6, 6)})
     atoms = [t for t in made.proto.graph.initializer if t.name.endswith(".atoms")]
@@ -374,7 +395,10 @@ def test_convs_on_one_tensor_run_one_atoms_operator(run_as, parts, constants):
 def test_atoms_on_other_tensors_or_other_geometry_run_apart():
     rng = np.random.default_rng(5)
     tensors = {n: draw(rng, 6, 4, 3, 3) for n in "UVW"}
-    body = "r = Relu(x) p = Conv(r, W) q = Conv(x, V) s = Conv<strides = [1, 1]>(r, U) y = Concat<axis = 1>(p, q, s)"
+    body = (
+        "r = Relu(x) p = Conv(r, W) q = Conv(x, V) s = Conv<strides = [1, 1]>(r, U)"
+        " y = Concat<axis = 1>(p, q, s)"
+    )
     proto = model(body, "float[N,4,6,6] x", "float[N,18,4,4] y", tensors)
     params = {n: pair(3, run="split", dictionary="U") for n in "UVW"}
     made = rewrite(proto, params, groups=[["U", "V", "W"]])

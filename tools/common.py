@@ -116,8 +116,8 @@ def sha256(path: Path) -> str:
 
 
 def sources() -> str:
-    """Return a sum of the package as it lies there, committed or not."""
-    total = hashlib.sha256()
+    """Return a sum of the package and of the tool at work as they lie there, committed or not."""
+    total = hashlib.sha256(Path(sys.argv[0]).read_bytes())
     for path in sorted(
         [*ROOT.glob("onnxdp/*.py"), *ROOT.glob("onnxdp/methods/*.py"), *ROOT.glob("passes/*.py")]
     ):

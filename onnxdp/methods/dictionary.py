@@ -26,6 +26,7 @@ from onnxdp.build import Builder
 from onnxdp.errors import PlanError
 from onnxdp.methods import solvers
 from onnxdp.methods.form import Solved, Task
+from onnxdp.methods.sharing import Projected, project
 from onnxdp.methods.solvers import Factored, Moment
 from onnxdp.records import Array, Candidate, Encoded, Param, Params, Weight
 from onnxdp.settings import Settings
@@ -76,16 +77,26 @@ class DictionaryPair:
                 raise PlanError(f"{weight.name}: dp needs the parameter {name!r}; write the plan again.")
         for name, value in params.items():
             if not isinstance(value, kinds[name]):
-                raise PlanError(f"{weight.name}: {name} is {value!r}, not of type {kinds[name].__name__}; correct it.")
+                raise PlanError(
+                    f"{weight.name}: {name} is {value!r}, not of type {kinds[name].__name__}; correct it."
+                )
         axis, parts = params["axis"], int(params["parts"])
+        if axis not in ("rows", "columns"):
+            raise PlanError(f"{weight.name}: axis is {axis!r}, not rows or columns; correct it.")
         whole = weight.channels if axis == "rows" else weight.outputs
-        if axis not in ("rows", "columns") or parts < 1 or whole % parts:
-            raise PlanError(f"{weight.name}: {parts} blocks along the {axis} do not divide {whole}; correct parts.")
+        if parts < 1 or whole % parts:
+            raise PlanError(
+                f"{weight.name}: {parts} blocks along the {axis} do not divide {whole}; correct parts."
+            )
         m, n = _block_shape(weight, str(axis), parts)
         if not 1 <= int(params["atoms"]) <= min(m, n):
-            raise PlanError(f"{weight.name}: atoms is {params['atoms']} and must lie between 1 and {min(m, n)}.")
+            raise PlanError(
+                f"{weight.name}: atoms is {params['atoms']} and must lie between 1 and {min(m, n)}."
+            )
         if params["dtype"] not in ("float16", "float32") or params["run"] not in ("fold", "split"):
-            raise PlanError(f"{weight.name}: dtype is float16 or float32, run is fold or split; correct them.")
+            raise PlanError(
+                f"{weight.name}: dtype is float16 or float32, run is fold or split; correct them."
+            )
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
@@ -95,7 +106,9 @@ class DictionaryPair:
         by_source: dict[tuple[object, ...], list[str]] = {}
         for w in usable:
             if w.name in sources:
-                by_source.setdefault((sources[w.name], w.op, w.inputs, w.tap, w.transposed), []).append(w.name)
+                by_source.setdefault((sources[w.name], w.op, w.inputs, w.tap, w.transposed), []).append(
+                    w.name
+                )
         shared = [tuple(names) for names in by_source.values() if len(names) > 1]
         if not everywhere:
             return shared
@@ -112,7 +125,9 @@ class DictionaryPair:
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Factor the one layout that the params name."""
-        return _Pairs([task], settings, device, ((str(params["axis"]), int(params["parts"])),)).encode([task], [params])[0]
+        return _Pairs([task], settings, device, ((str(params["axis"]), int(params["parts"])),)).encode(
+            [task], [params]
+        )[0]
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Multiply the factors, in float32."""
@@ -136,20 +151,35 @@ class _Layout:
     axis: str
     parts: int
     factored: Factored
+    projected: tuple[Projected, ...] = ()
+    """Where several weights share the dictionary: each through it."""
+
+    def error(self, index: int, rank: int) -> float:
+        """Return the relative error of one weight that ``rank`` atoms leave."""
+        if self.projected:
+            return self.projected[index].error(rank)
+        tail, total = (
+            float(np.sum(arrays.to_host(a))) for a in (self.factored.tail(rank), self.factored.total)
+        )
+        return float((max(tail, 0.0) / (total or 1.0)) ** 0.5)
 
 
 class _Pairs:
     """The pairs of one weight, or of several with one dictionary (their columns side by side)."""
 
     def __init__(
-        self, tasks: Sequence[Task], settings: Settings, device: str, layouts: Sequence[tuple[str, int]] | None = None
+        self,
+        tasks: Sequence[Task],
+        settings: Settings,
+        device: str,
+        layouts: Sequence[tuple[str, int]] | None = None,
     ) -> None:
         self._settings = settings
         self._device = device
         self._weights = [t.weight for t in tasks]
         self._tasks_split = [t.splittable for t in tasks]
         self._layouts = {
-            (axis, parts): _Layout(axis, parts, self._factor(tasks, axis, parts))
+            (axis, parts): self._layout(tasks, axis, parts)
             for axis, parts in layouts or _layouts(self._weights, settings)
         }
 
@@ -160,30 +190,56 @@ class _Pairs:
         first = params[0]
         axis, parts, rank = str(first["axis"]), int(first["parts"]), int(first["atoms"])
         layout = self._layouts.get((axis, parts))
-        held = layout is not None and rank <= layout.factored.energies.shape[-1]
-        # A plan edited by hand may name another layout, or more atoms than pay.
-        factored = layout.factored if layout and held else self._factor(tasks, axis, parts, rank)
-        stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
-        moment = _moment(tasks, axis, parts, self._device)
-        if self._settings.solver == "dpl":
+        if layout is None or rank > layout.factored.energies.shape[-1]:
+            # a plan edited by hand may cut otherwise, or name more atoms than pay
+            layout = self._layout(tasks, axis, parts, rank)
+        dtype = np.dtype(str(first["dtype"]))
+        atoms, codes = self._factors(layout, tasks, rank)
+        return tuple(
+            Encoded(
+                task.weight.name,
+                "dp",
+                dict(own),
+                {"atoms": atoms.astype(dtype), "codes": np.ascontiguousarray(mine.astype(dtype))},
+                layout.error(index, rank),
+                {"atoms": str(own["dictionary"])} if "dictionary" in own else {},
+            )
+            for index, (task, own, mine) in enumerate(zip(tasks, params, codes, strict=True))
+        )
+
+    def _factors(self, layout: _Layout, tasks: Sequence[Task], rank: int) -> tuple[Array, list[Array]]:
+        """Return atoms, and the codes of each task, on the host."""
+        stack = arrays.to_device(_stack(tasks, layout.axis, layout.parts), self._device)
+        if layout.projected:
+            atoms, _ = layout.factored.pair(stack, rank)
+            codes = [p.codes(rank) for p in layout.projected]
+        elif self._settings.solver == "dpl":
+            moment = _moment(tasks, layout.axis, layout.parts, self._device)
             start = arrays.normal((*stack.shape[:-1], rank), self._settings.seed, stack)
-            atoms, codes = solvers.dpl(
+            atoms, own = solvers.dpl(
                 stack, rank, start=start, moment=moment, iterations=self._settings.iterations
             )
+            codes = [own]
         else:
-            atoms, codes = factored.pair(stack, rank)
-        error = self._tail(factored, rank)
-        dtype = np.dtype(str(first["dtype"]))
-        atoms, codes = arrays.to_host(atoms).astype(dtype), arrays.to_host(codes).astype(dtype)
-        encoded, column = [], 0
-        for task, own in zip(tasks, params, strict=True):
-            width = task.weight.outputs // (parts if axis == "columns" else 1)
-            mine = np.ascontiguousarray(codes[..., column : column + width])
-            column += width
-            shared = {"atoms": str(own["dictionary"])} if "dictionary" in own else {}
-            arrays_ = {"atoms": atoms, "codes": mine}
-            encoded.append(Encoded(task.weight.name, "dp", dict(own), arrays_, error, shared))
-        return tuple(encoded)
+            atoms, own = layout.factored.pair(stack, rank)
+            codes = [own]
+        return arrays.to_host(atoms), [arrays.to_host(c) for c in codes]
+
+    def _layout(self, tasks: Sequence[Task], axis: str, parts: int, least: int = 1) -> _Layout:
+        factored = self._factor(tasks, axis, parts, least)
+        if len(tasks) == 1:
+            return _Layout(axis, parts, factored)
+        stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
+        atoms, _ = factored.pair(stack, factored.energies.shape[-1])
+        projected = tuple(
+            project(
+                arrays.to_device(_stack([t], axis, parts), self._device),
+                atoms,
+                _moment([t], axis, parts, self._device),
+            )
+            for t in tasks
+        )
+        return _Layout(axis, parts, factored, projected)
 
     def _factor(self, tasks: Sequence[Task], axis: str, parts: int, least: int = 1) -> Factored:
         stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
@@ -216,14 +272,9 @@ class _Pairs:
         most = min(layout.factored.energies.shape[-1], self._most_atoms(layout.axis, layout.parts))
         ranks = [min(settings.atoms, layout.factored.energies.shape[-1])] if settings.atoms else _ranks(most)
         for rank in ranks:
-            error = self._tail(layout.factored, rank)
-            yield tuple(self._candidate(i, layout, rank, error) for i in range(len(self._weights)))
-
-    @staticmethod
-    def _tail(factored: Factored, rank: int) -> float:
-        """Return the relative error that ``rank`` atoms leave."""
-        tail, total = (float(np.sum(arrays.to_host(a))) for a in (factored.tail(rank), factored.total))
-        return float((max(tail, 0.0) / (total or 1.0)) ** 0.5)
+            yield tuple(
+                self._candidate(i, layout, rank, layout.error(i, rank)) for i in range(len(self._weights))
+            )
 
     def _candidate(self, index: int, layout: _Layout, rank: int, error: float) -> Candidate:
         weight = self._weights[index]
@@ -292,10 +343,11 @@ def _ranks(most: int) -> list[int]:
 
 
 def _stack(tasks: Sequence[Task], axis: str, parts: int) -> Array:
-    """Return the blocks of all tasks, columns side by side, (blocks, m, n) float32."""
-    stacks = [weights.blocks(t.weight, t.tensor, axis, parts) for t in tasks]
-    stack = stacks[0] if len(stacks) == 1 else np.concatenate(stacks, axis=-1)
-    return stack.astype(np.float32, copy=False)
+    """Return the blocks, (blocks, m, n) float32; of several tasks side by side, each scaled to unit norm."""
+    stacks = [weights.blocks(t.weight, t.tensor, axis, parts).astype(np.float32, copy=False) for t in tasks]
+    if len(stacks) == 1:
+        return stacks[0]
+    return np.concatenate([s / np.float32(np.linalg.norm(s) or 1.0) for s in stacks], axis=-1)
 
 
 def _moment(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment | None:

@@ -66,7 +66,7 @@ class Form(Protocol):
         """Return None, or why this weight cannot be stored so."""
 
     def cost(self, weight: Weight, params: Params) -> int:
-        """Bytes of the initializers that ``emit`` makes (those shared with another weight included)."""
+        """Bytes of the initializers that ``emit`` makes, shared ones included, the shapes of Reshape not."""
 
     def check(self, weight: Weight, params: Params) -> None:
         """Refuse params (of a plan edited by hand) that mean nothing, with a PlanError."""

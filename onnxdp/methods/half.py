@@ -55,7 +55,9 @@ class Float16:
         """Widen again."""
         return encoded.arrays["half"].astype(np.float32).reshape(weight.shape)
 
-    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+    def emit(
+        self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
+    ) -> ir.Value | None:
         """Store float16, cast back."""
         half = build.constant("half", encoded.arrays["half"].reshape(weight.shape))
         return build.cast(half, weight.dtype, "cast")
@@ -78,7 +80,9 @@ class _Rounded:
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         if not self._candidates:
-            raise PlanError(f"{tasks[0].weight.name} has values beyond float16's range; choose another method.")
+            raise PlanError(
+                f"{tasks[0].weight.name} has values beyond float16's range; choose another method."
+            )
         error = self._candidates[0][0].error
         half = tasks[0].tensor.astype(np.float16)
         return (Encoded(tasks[0].weight.name, "float16", {}, {"half": half}, error),)

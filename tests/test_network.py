@@ -1,0 +1,87 @@
+"""The network fed from outside: it is the original, whole and in pieces."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxdp import model as model_file
+from onnxdp import probes, runtime, weights
+from onnxdp.network import Meter, Network, Stream, bias_input
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+import builders
+
+EPS = float(np.finfo(np.float32).eps)
+BOUND = 5000 * EPS
+"""Float32 rounding times the longest reduction of the small variants (a few thousand terms)."""
+
+
+@pytest.fixture(scope="module", params=["resnet18", "googlenet", "transformer"])
+def parts(request):
+    small = {"layers": 1, "width": 32, "heads": 2, "tokens": 8, "vocabulary": 64, "classes": 10}
+    options = small if request.param == "transformer" else {"small": True}
+    model = model_file.read(builders.build(request.param, **options))
+    found = weights.find(model.ir)
+    network = Network(model, found)
+    made = probes.make(runtime.input_specs(network.specification), samples=6, seed=3, batch=3)
+    return model, found, network, made
+
+
+def close(a, b):
+    return np.linalg.norm(a - b) <= BOUND * np.linalg.norm(b)
+
+
+def test_fed_its_own_weights_it_is_the_original(parts):
+    model, _, network, made = parts
+    original = runtime.session(model_file.serialize(model))
+    lifted = network.session(network.outputs)
+    for feed in made.feeds:
+        want = runtime.run(original, feed)
+        got = network.run(lifted, feed, network.outputs, {})
+        assert all(close(got[n], want[n]) for n in want)
+
+
+def test_nothing_changed_does_no_damage_and_a_lost_weight_does(parts):
+    _, found, network, made = parts
+    meter = Meter(network, made)
+    assert meter.together({}) == (0.0, 0.0)
+    name = max((w for w in found.weights if w.name in network.fed), key=lambda w: w.size).name
+    damage, error = meter.together({name: np.zeros_like(network.fed[name])})
+    assert damage > 1e-3
+    assert error > 1e-3
+
+
+def test_a_suffix_measures_what_the_whole_does(parts):
+    _, found, network, made = parts
+    meter = Meter(network, made)
+    names = [w.name for w in found.weights if w.name in network.fed]
+    meter.prepare(names)
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        changed = {name: network.fed[name] * np.float32(0.9)}
+        if bias_input(name) in network.fed:
+            changed[bias_input(name)] = network.fed[bias_input(name)] + np.float32(0.1)
+        whole, _ = meter.together(changed)
+        assert meter.alone(name, changed) == pytest.approx(whole, rel=0.01)
+        assert whole > 0
+
+
+def test_a_stream_carries_the_tensors_of_a_whole_run(parts):
+    _, found, network, made = parts
+    places = sorted({network.position(w.name) for w in found.weights if w.name in network.fed})
+    stream = Stream(network, made)
+    for place in places:
+        stream.advance(place, {})
+        alive = network.alive(place)
+        if not alive:
+            continue
+        session = network.session(alive)
+        for number, feed in enumerate(made.feeds):
+            want = network.run(session, feed, alive, {})
+            for name in alive:
+                if want[name].dtype.kind == "f":
+                    assert close(stream.tensor(number, name), want[name])
+    stream.advance(places[0], {})  # backwards: from the start again
+    for name in network.alive(places[0]):
+        assert stream.tensor(0, name) is not None
