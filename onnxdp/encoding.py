@@ -105,7 +105,7 @@ class Workshop:
                 for form in self.forms.values():
                     solved = self._solved.get((form.name, (name,)))
                     options += [c for (c,) in solved.candidates()] if solved else []
-                alone[name] = tuple(self._allowed(name, options))
+                alone[name] = self._fixed(options) if self._settings.atoms else self._undominated(options)
             together: list[tuple[Candidate, ...]] = []
             if len(group) > 1 and self._settings.shared is not False:
                 for form in self.forms.values():
@@ -223,8 +223,9 @@ class Workshop:
     def _run(self, form: Form, group: Group, tasks: Mapping[str, Task]) -> Solved:
         return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 
-    def _allowed(self, name: str, options: Sequence[Candidate]) -> list[Candidate]:
-        """Leave out what is no smaller than the original, dominated, or (with fixed atoms) not asked for."""
+    @staticmethod
+    def _undominated(options: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Leave out what is no smaller than the original, or neither smaller nor nearer than another."""
         kept = options[0]
         best: list[Candidate] = [kept]
         floor = float("inf")
@@ -232,7 +233,13 @@ class Workshop:
             if c.nbytes < kept.nbytes and c.error < floor:
                 best.append(c)
                 floor = c.error
-        return best
+        return tuple(best)
+
+    def _fixed(self, options: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Where the number of atoms is given: the pair wherever it is smaller than the original, else what there is."""
+        kept = options[0]
+        pairs = [c for c in options[1:] if c.method == self._first and c.nbytes < kept.nbytes]
+        return (kept, *(pairs[:1] or [c for c in options[1:] if c.nbytes < kept.nbytes]))
 
     def _group_of(self, candidate: Candidate) -> Group:
         first = candidate.params.get("dictionary")

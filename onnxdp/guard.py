@@ -103,8 +103,8 @@ def finite(graph: ir.Model, weights: Mapping[int, str]) -> None:
         low, high = float(values.min()), float(values.max())  # either is NaN where a value is
         if math.isnan(low) or (id(tensor) in weights and (math.isinf(low) or math.isinf(high))):
             raise ModelError(
-                f"{weights.get(id(tensor), tensor.name)} holds NaN or infinity, with which no model computes; "
-                "export or train it again."
+                f"{weights.get(id(tensor), tensor.name)} holds NaN or infinity, with which no model "
+                "computes; export or train it again."
             )
 
 

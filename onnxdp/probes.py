@@ -41,6 +41,10 @@ __all__ = ["BATCH", "POOL", "InputSpec", "Probes", "load", "make", "pick"]
 BATCH = 32
 POOL = 2
 """Probes drawn for each that is kept, where the network's own answers choose."""
+_UNMOVED = 1.3
+"""Diversity of the answers below which a network is taken to be hardly moved by standardised pictures."""
+_BYTES = 64
+"""Standard deviation of pictures whose values go from 0 to 255, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +169,51 @@ def make(
         size = exact if 2 * exact >= size else math.ceil(samples / math.ceil(samples / size))
     feeds = max(1 if plan.dynamic else 2, math.ceil(samples / size))
     total = feeds * size
+    main = next(s.kind for s in specs if s.name == plan.primary) if specs else "other"
     drawn = [_draw(spec, plan, seed, k, total) for k, spec in enumerate(specs)]
 
-    def feed(indices: Array) -> Mapping[str, Array]:
-        return MappingProxyType({s.name: d(indices) for s, d in zip(specs, drawn, strict=True)})
+    def feed(indices: Array, gain: int = 1) -> Mapping[str, Array]:
+        made = {s.name: d(indices) for s, d in zip(specs, drawn, strict=True)}
+        loud = [s.name for s in specs if s.kind == "image" and made[s.name].dtype.kind == "f" and gain != 1]
+        return MappingProxyType(made | {n: made[n] * made[n].dtype.type(gain) for n in loud})
 
-    order = np.arange(total)
+    order, gain = np.arange(total), 1
     if answers is not None and plan.axes[plan.primary] is not None:
         many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
-        scores = [np.asarray(answers(feed(np.arange(k, k + size)))) for k in range(0, many, size)]
-        order = pick(np.concatenate([s.reshape(size, -1) for s in scores]), total)
-    made = tuple(feed(order[k : k + size]) for k in range(0, total, size))
+        asked = answers
+
+        def ask(gain: int) -> Array:
+            feeds = (feed(np.arange(k, k + size), gain) for k in range(0, many, size))
+            return np.concatenate([np.asarray(asked(f)).reshape(size, -1) for f in feeds])
+
+        scores = ask(1)
+        if main == "image" and diversity(scores) < _UNMOVED:  # it may have been taught on 0..255
+            louder = ask(_BYTES)
+            if diversity(louder) > 2 * diversity(scores):
+                scores, gain = louder, _BYTES
+        order = pick(scores, total)
+    made = tuple(feed(order[k : k + size], gain) for k in range(0, total, size))
     kinds = {"image": "dead leaves", "ids": "random ids"}
-    main = next(s.kind for s in specs if s.name == plan.primary) if specs else "other"
     return Probes(made, total, seed, kinds.get(main, "random numbers"), plan.axes, plan.dynamic)
+
+
+def diversity(scores: Array) -> float:
+    """Return how many classes the answers tell apart: exp of the mutual information of picture and class.
+
+    1 where every picture gets the same answer, at most the number of classes.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (n, classes)
+        Logits or probabilities.
+
+    References
+    ----------
+    T. Salimans et al., "Improved techniques for training GANs", 2016, section 4.
+    """
+    p = _probabilities(scores)
+    information = p * (np.log(p + 1e-12) - np.log(p.mean(0) + 1e-12))
+    return float(np.exp(information.sum(1).mean()))
 
 
 def pick(scores: Array, samples: int) -> Array:
@@ -199,10 +234,7 @@ def pick(scores: Array, samples: int) -> Array:
     ndarray of int64, shape (min(n, samples),)
         In the order picked.
     """
-    z = np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)
-    if not ((z >= 0).all() and np.allclose(z.sum(1), 1, atol=1e-2)):
-        z = np.exp(z - z.max(1, keepdims=True))
-        z /= z.sum(1, keepdims=True)
+    z = _probabilities(scores)
     label, confidence = z.argmax(1), z.max(1)
     by_class = np.lexsort((np.arange(len(z)), -confidence, label))
     ordered = label[by_class]
@@ -282,6 +314,15 @@ def _draw(spec: InputSpec, plan: Layout, seed: int, k: int, standard: int) -> Ca
         return np.concatenate([one(int(i)) for i in indices], axis)
 
     return draw
+
+
+def _probabilities(scores: Array) -> Array:
+    """Return rows that add up to 1, float64: a softmax, where the scores are no probabilities already."""
+    z = np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)
+    if not ((z >= 0).all() and np.allclose(z.sum(1), 1, atol=1e-2)):
+        z = np.exp(z - z.max(1, keepdims=True))
+        z /= z.sum(1, keepdims=True)
+    return z
 
 
 def _gallery(

@@ -165,14 +165,16 @@ class Plan:
                 f"The plan has schema {raw.get('schema')!r} and this onnxdp reads schema {SCHEMA}; "
                 "write it again with 'onnxdp plan'."
             )
-        plan = _read(cls, raw, "plan")
+        plan: Plan = _read(cls, raw, "plan")
         names = [c.weight for c in plan.choices]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise PlanError(f"The plan names {twice[0]!r} twice; leave one of the two choices.")
         both = sorted(set(names) & {k.weight for k in plan.kept})
         if both:
-            raise PlanError(f"The plan both changes and keeps {both[0]!r}; remove it from choices or from kept.")
+            raise PlanError(
+                f"The plan both changes and keeps {both[0]!r}; remove it from choices or from kept."
+            )
         return plan
 
 
@@ -201,8 +203,8 @@ class Encoded:
 class OutputDifference:
     """How one output of B differs from A's.
 
-    ``relative`` is ``||a - b|| / ||a||`` over all samples; ``same_argmax`` the share of rows (last axis) whose
-    largest entry stands at the same place, None where the last axis has one entry.
+    ``relative`` is ``||a - b|| / ||a||`` over all samples; ``same_argmax`` the share of rows (last axis)
+    whose largest entry stands at the same place, None where the last axis has one entry.
     """
 
     name: str
@@ -407,7 +409,9 @@ def _no_constant(word: str) -> Any:
 def _read(cls: Any, raw: Any, where: str) -> Any:
     """Build a record of this module from plain JSON, refusing what does not fit."""
     if not isinstance(raw, dict):
-        raise PlanError(f"{where} should be a JSON object and is {raw!r}; write the plan again with 'onnxdp plan'.")
+        raise PlanError(
+            f"{where} should be a JSON object and is {raw!r}; write the plan again with 'onnxdp plan'."
+        )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(raw) - set(fields))
     if unknown:
@@ -431,8 +435,12 @@ def _field(kind: str, value: Any, where: str) -> Any:
         record = {"tuple[Candidate, ...]": Candidate, "tuple[Kept, ...]": Kept}[kind]
         return tuple(_read(record, v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind.startswith(("Params", "Mapping")):
-        plain = (int, float, str) if kind == "Params" else (int, float, str, type(None), list)
-        if not isinstance(value, dict) or any(isinstance(v, bool) and kind == "Params" for v in value.values()):
+        plain: tuple[type, ...] = (
+            (int, float, str) if kind == "Params" else (int, float, str, type(None), list)
+        )
+        if not isinstance(value, dict) or any(
+            isinstance(v, bool) and kind == "Params" for v in value.values()
+        ):
             raise wrong
         if not all(isinstance(v, plain) for v in value.values()):
             raise wrong
@@ -441,7 +449,7 @@ def _field(kind: str, value: Any, where: str) -> Any:
         if "None" not in kind:
             raise wrong
         return None
-    kinds = {"str": str, "int": int, "float": (int, float)}[kind.split(" |")[0]]
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+    if not isinstance(value, kinds[kind.split(" |")[0]]) or isinstance(value, bool):
         raise wrong
     return float(value) if kind.startswith("float") else value

@@ -55,7 +55,7 @@ def refine(
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
     order = sorted(
-        (c for c in choices if c.method != KEEP and c.weight in network.fed), key=lambda c: network.position(c.weight)
+        (c for c in choices if c.method != KEEP and c.weight in network.fed), key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight])
     )
     original, compressed = Stream(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
@@ -64,8 +64,8 @@ def refine(
         tap = stats.single_tap(workshop.found, weight)
         if tap is None or "dictionary" in choice.params:
             continue
-        original.advance(network.position(choice.weight), {})
-        compressed.advance(network.position(choice.weight), changes)
+        original.advance(network.place(tap.output), {})
+        compressed.advance(network.place(tap.output), changes)
         x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
         new, shift = _refit(workshop, weight, choice, x, seen)
         encoded[choice.weight] = new

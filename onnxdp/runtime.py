@@ -76,7 +76,9 @@ def session(
     except MemoryError:
         raise
     except Exception as e:  # ONNX Runtime raises a dozen classes of its own, all derived from Exception alone
-        raise ModelError(f"ONNX Runtime cannot load the model ({_reason(e)}); check it with onnx.checker.") from e
+        raise ModelError(
+            f"ONNX Runtime cannot load the model ({_reason(e)}); check it with onnx.checker."
+        ) from e
     if wanted[0] not in made.get_providers():
         raise SetupError("ONNX Runtime could not use CUDA and fell back to the CPU; see 'onnxdp doctor'.")
     return made

@@ -36,26 +36,50 @@ class Settings:
         A value has no meaning, or more than one target is given.
     """
 
-    ratio: float | None = _setting(None, "Make the whole file this many times smaller (original / compressed bytes).")
+    ratio: float | None = _setting(
+        None, "Make the whole file this many times smaller (original / compressed bytes)."
+    )
     size: str | None = _setting(None, "Make the file at most this large: 3MB, 800kB, 120000 (bytes) or 30%.")
     max_error: float | None = _setting(
-        None, f"Largest relative error of the outputs on probe inputs; {DEFAULT_MAX_ERROR} when no target is given."
+        None,
+        "Largest relative error of the outputs on probe inputs; "
+        f"{DEFAULT_MAX_ERROR} when no target is given.",
     )
-    method: str = _setting("auto", "How weights are stored: auto (the best of what is built), dp, or a plug-in's name.")
-    solver: str = _setting("exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration).")
-    partition: str = _setting("auto", "Cut weights into blocks: auto, none, or the rows of a block (the paper: 288).")
-    atoms: int | None = _setting(None, "Fixed number of atoms of every dictionary, instead of one planned per weight.")
+    method: str = _setting(
+        "auto", "How weights are stored: auto (the best of what is built), dp, or a plug-in's name."
+    )
+    solver: str = _setting(
+        "exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration)."
+    )
+    partition: str = _setting(
+        "auto", "Cut weights into blocks: auto, none, or the rows of a block (the paper: 288)."
+    )
+    atoms: int | None = _setting(
+        None, "Fixed number of atoms of every dictionary, instead of one planned per weight."
+    )
     iterations: int = _setting(20, "Rounds of the dpl solver; power iterations of the randomized one are 2.")
     factor_dtype: str = _setting("float16", "Type the factors are stored in: float16 or float32.")
-    shared: bool | None = _setting(None, "Let weights with equal input rows share one dictionary; default: where it pays.")
-    unweighted: bool = _setting(False, "Fit weights in the papers' plain norm instead of on what the probes show them.")
-    refit: bool | None = _setting(
-        None, "Fit each weight again to the compressed network's own activations; default: where it measurably helps."
+    shared: bool | None = _setting(
+        None, "Let weights with equal input rows share one dictionary; default: where it pays."
     )
-    include: tuple[str, ...] = _setting((), "Only these weights: weight or node names, globs, re:PATTERN, operator types.")
+    unweighted: bool = _setting(
+        False, "Fit weights in the papers' plain norm instead of on what the probes show them."
+    )
+    refit: bool | None = _setting(
+        None,
+        "Fit each weight again to the compressed network's own activations; "
+        "default: where it measurably helps.",
+    )
+    include: tuple[str, ...] = _setting(
+        (), "Only these weights: weight or node names, globs, re:PATTERN, operator types."
+    )
     exclude: tuple[str, ...] = _setting((), "Not these weights; patterns as for --include.")
-    inputs: Path | None = _setting(None, "Sample inputs (.npz, keys = input names) instead of made-up probe inputs.")
-    samples: int | None = _setting(None, "Number of probe inputs; default: by the cost of one run of the network.")
+    inputs: Path | None = _setting(
+        None, "Sample inputs (.npz, keys = input names) instead of made-up probe inputs."
+    )
+    samples: int | None = _setting(
+        None, "Number of probe inputs; default: by the cost of one run of the network."
+    )
     freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
     device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
     seed: int = _setting(0, "Seed of every random choice.")
@@ -66,7 +90,7 @@ class Settings:
         targets = [n for n in ("ratio", "size", "max_error") if getattr(self, n) is not None]
         if len(targets) > 1:
             raise UsageError(
-                f"--{targets[0].replace('_', '-')} and --{targets[1].replace('_', '-')} are two targets; give one."
+                " and ".join(f"--{t.replace('_', '-')}" for t in targets[:2]) + " are two targets; give one."
             )
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
             raise UsageError(
@@ -74,7 +98,9 @@ class Settings:
                 "ask for 4 to make a file a quarter."
             )
         if self.max_error is not None and not (math.isfinite(self.max_error) and 0 < self.max_error < 1):
-            raise UsageError(f"--max-error is a relative error between 0 and 1, not {self.max_error:g}; try 0.03.")
+            raise UsageError(
+                f"--max-error is a relative error between 0 and 1, not {self.max_error:g}; try 0.03."
+            )
         if self.size is not None:
             parse_size(self.size, 1)
         _one_of("--solver", self.solver, SOLVERS)
@@ -94,7 +120,9 @@ class Settings:
             return 0
         if self.partition.isascii() and self.partition.isdigit() and int(self.partition) > 0:
             return int(self.partition)
-        raise UsageError(f"--partition is auto, none or a number of rows, not {self.partition!r}; the paper uses 288.")
+        raise UsageError(
+            f"--partition is auto, none or a number of rows, not {self.partition!r}; the paper uses 288."
+        )
 
     def budget(self, nbytes: int) -> int | None:
         """Bytes that a file of ``nbytes`` bytes may have afterwards; None where an error is the target.
@@ -109,7 +137,7 @@ class Settings:
 
     @property
     def error_target(self) -> float | None:
-        """Relative output error asked for (amplitude); None where bytes, or fixed atoms alone, are the target."""
+        """Relative output error asked for (amplitude); None where bytes or fixed atoms are the target."""
         if self.ratio is None and self.size is None and (self.atoms is None or self.max_error is not None):
             return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
         return None
@@ -134,10 +162,22 @@ def parse_size(text: str, nbytes: int) -> int:
     UsageError
         The text is no size, or not above 0.
     """
-    units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "%": nbytes / 100}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in units or float(found[1]) <= 0:
-        raise UsageError(f"--size {text!r} is no size; give bytes (120000, 800kB, 3MB) or a share of the file (30%).")
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 1e3,
+        "mb": 1e6,
+        "gb": 1e9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "%": nbytes / 100,
+    }
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text, re.ASCII)
+    if not found or found[2].lower() not in units or not 0 < float(found[1]) < 1e18:
+        raise UsageError(
+            f"--size {text!r} is no size; give bytes (120000, 800kB, 3MB) or a share of the file (30%)."
+        )
     return math.floor(float(found[1]) * units[found[2].lower()])
 
 
@@ -151,7 +191,11 @@ def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
     kind = str(setting.type)
     if value is None and "None" in kind:
         return None
-    if kind == "tuple[str, ...]" and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+    if (
+        kind == "tuple[str, ...]"
+        and isinstance(value, list | tuple)
+        and all(isinstance(v, str) for v in value)
+    ):
         return tuple(value)
     if kind.startswith("Path") and isinstance(value, str | os.PathLike):
         return Path(value)

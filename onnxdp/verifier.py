@@ -122,5 +122,3 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _shown(values: Sequence[Any]) -> str:
     return ", ".join(f"{v.name} {v.type} {v.shape}" for v in values) or "none"
-
-

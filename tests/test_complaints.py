@@ -95,7 +95,9 @@ def branches(shared=True):
         out = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, ["N", 32])
         return helper.make_graph(nodes, name, [], [out], [inner])
 
-    node = helper.make_node("If", ["c"], ["y"], then_branch=branch("a", "Relu"), else_branch=branch("b", "Tanh"))
+    node = helper.make_node(
+        "If", ["c"], ["y"], then_branch=branch("a", "Relu"), else_branch=branch("b", "Tanh")
+    )
     graph = helper.make_graph(
         [node],
         "g",
@@ -203,7 +205,9 @@ def test_complaint_06_constant_nodes_shrink_like_initializers():
     twin = compressed(mlp())[0]
     report, model = compressed(constnodes())
     assert report["target"]["nbytes"] <= report["source"]["nbytes"] / 2
-    assert [(x["weight"], x["method"]) for x in report["lines"]] == [(x["weight"], x["method"]) for x in twin["lines"]]
+    assert [(x["weight"], x["method"]) for x in report["lines"]] == [
+        (x["weight"], x["method"]) for x in twin["lines"]
+    ]
     held = [n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"]
     assert not {t.name for t in held} & {"w1", "w2"}
 
@@ -258,7 +262,9 @@ def test_complaint_09_other_float_types_shrink_and_load_or_are_refused_by_name(d
     save(as_type(mlp(), dtype))
     done = onnxdp("compress", "in.onnx", "out.onnx", "--ratio", "1.5", "--samples", "8")
     if done.exit_code:
-        assert done.exit_code in (1, 2) and done.stderr.startswith("error: ") and list(listing()) == ["in.onnx"]
+        assert (
+            done.exit_code in (1, 2) and done.stderr.startswith("error: ") and list(listing()) == ["in.onnx"]
+        )
         assert dtype == "bfloat16", done.stderr  # which ONNX Runtime itself cannot run on the CPU
         return
     assert Path("out.onnx").stat().st_size <= Path("in.onnx").stat().st_size / 1.5
@@ -414,7 +420,9 @@ def test_complaint_31_in_place_with_external_data():
     session("in.onnx")
 
 
-@pytest.mark.parametrize("location", ["../in.data", "/etc/hostname", "sub/../../in.data", "..\\in.data", "C:\\x"])
+@pytest.mark.parametrize(
+    "location", ["../in.data", "/etc/hostname", "sub/../../in.data", "..\\in.data", "C:\\x"]
+)
 def test_complaint_32_paths_out_of_the_folder_are_refused_by_name(location):
     save_external(mlp())
     model = onnx.load("in.onnx", load_external_data=False)
@@ -454,7 +462,9 @@ def test_complaint_33_a_failure_while_writing_leaves_the_old_file(monkeypatch):
     save(mlp())
     assert onnxdp("compress", "in.onnx", "out.onnx", *FAST).exit_code == 0
     before = listing()
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     done = onnxdp("compress", "in.onnx", "out.onnx", *FAST, "--overwrite")
     assert done.exit_code == 3 and done.stderr.startswith("error: The disk is full") and listing() == before
 
@@ -609,10 +619,20 @@ def test_complaint_44_exit_0_means_that_the_named_file_is_there_and_loads(make):
         assert report["target"]["path"] == name and Path(name).is_file()
         assert report["target"]["sha256"] == listing()[name]
         feed = {
-            i.name: np.ones([d if isinstance(d, int) else 2 for d in i.shape], {"tensor(bool)": bool}.get(i.type, "f4"))
+            i.name: np.ones(
+                [d if isinstance(d, int) else 2 for d in i.shape], {"tensor(bool)": bool}.get(i.type, "f4")
+            )
             for i in session(name).get_inputs()
         }
         assert all(np.isfinite(y).all() for y in session(name).run(None, feed))
+
+
+@pytest.mark.parametrize("make", [mlp, conv])
+def test_a_compressed_model_can_be_compressed_again_with_a_notice(make):
+    first, model = compressed(make())
+    report, _ = compressed(model, "--ratio", "1.5", "--samples", "8")
+    assert any("compressed by onnxdp before" in notice for notice in report["notices"])
+    assert report["source"]["nbytes"] == first["target"]["nbytes"]
 
 
 def test_the_library_hands_back_what_the_command_writes():

@@ -278,8 +278,8 @@ TEXTS = {
     "a list": ("[]", "The plan is not a JSON object; write it again with 'onnxdp plan'."),
     "cut": (
         '{"schema": 1,',
-        "The plan is not JSON (Expecting property name enclosed in double quotes: line 1 column 14 (char 13)); "
-        "write it again with 'onnxdp plan'.",
+        "The plan is not JSON (Expecting property name enclosed in double quotes: line 1 column 14 "
+        "(char 13)); write it again with 'onnxdp plan'.",
     ),
     "a key twice": (
         '{"schema": 1, "schema": 1}',
@@ -310,5 +310,7 @@ def test_a_plan_that_gains_nothing_is_not_carried_out(plan):
     Path("q.json").write_text(json.dumps(plan))
     for words in (("out.onnx",), ("--dry-run",)):
         done = onnxdp("apply", "in.onnx", "q.json", *words)
-        assert done.exit_code == 1 and done.stderr.startswith("error: Nothing to gain: the result would have ")
+        assert done.exit_code == 1 and done.stderr.startswith(
+            "error: Nothing to gain: the result would have "
+        )
     assert not Path("out.onnx").exists()

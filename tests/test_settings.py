@@ -1,4 +1,4 @@
-"""Settings: every value has a meaning or is refused with what to do, in the library as on the command line."""
+"""Settings: every value has a meaning or is refused with what to do, in the library as in the command."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ REFUSED = [
             f"--size {size}",
             f"--size {size!r} is no size; give bytes (120000, 800kB, 3MB) or a share of the file (30%).",
         )
-        for size in ("0", "-3MB", "3XB", "big", "1e6", "0%", "NaN", "٣")
+        for size in ("0", "-3MB", "3XB", "big", "1e6", "0%", "NaN", "٣", 400 * "9")
     ),
     ("--partition 0", "--partition is auto, none or a number of rows, not '0'; the paper uses 288."),
     ("--partition ²", "--partition is auto, none or a number of rows, not '²'; the paper uses 288."),
@@ -55,7 +55,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), REFUSED)
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words[:40] for words, _ in REFUSED])
 def test_what_has_no_meaning_is_refused(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(mlp())
@@ -66,7 +66,9 @@ def test_a_method_that_is_not_installed_is_refused_with_those_that_are(tmp_path,
     monkeypatch.chdir(tmp_path)
     save(mlp())
     done = onnxdp("compress", "in.onnx", "out.onnx", "--ratio", "2", "--method", "magic")
-    assert done.exit_code == 2 and done.stderr.startswith("error: There is no method 'magic'; installed are dp, ")
+    assert done.exit_code == 2 and done.stderr.startswith(
+        "error: There is no method 'magic'; installed are dp, "
+    )
 
 
 def test_patterns_choose_by_weight_node_operator_glob_and_expression(tmp_path, monkeypatch):
@@ -78,8 +80,9 @@ def test_patterns_choose_by_weight_node_operator_glob_and_expression(tmp_path, m
 
 
 WRONG = [
-    {"seed": True}, {"seed": 0.0}, {"seed": None}, {"atoms": 3.0}, {"ratio": "3"}, {"ratio": True}, {"size": 3},
-    {"include": "w1"}, {"include": [1]}, {"unweighted": 1}, {"shared": "yes"}, {"partition": 288}, {"inputs": 3},
+    {"seed": True}, {"seed": 0.0}, {"seed": None}, {"atoms": 3.0}, {"ratio": "3"}, {"ratio": True},
+    {"include": "w1"}, {"include": [1]}, {"unweighted": 1}, {"shared": "yes"}, {"partition": 288},
+    {"size": 3}, {"inputs": 3},
 ]  # fmt: skip
 
 
@@ -102,7 +105,11 @@ def test_a_budget_never_allows_more_than_asked(ratio, nbytes):
     assert budget is not None and budget <= nbytes / ratio < budget + 1 + 1e-9 * nbytes
 
 
-@given(st.integers(1, 10**6), st.sampled_from(["", "B", "kB", "MB", "gb", "KiB", "MiB"]), st.sampled_from(["", " "]))
+@given(
+    st.integers(1, 10**6),
+    st.sampled_from(["", "B", "kB", "MB", "gb", "KiB", "MiB"]),
+    st.sampled_from(["", " "]),
+)
 def test_sizes(number, unit, space):
     factor = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}[unit.lower()]
     assert parse_size(f"{number}{space}{unit}", 7) == number * factor
