@@ -1,8 +1,9 @@
 """Find the choice: measure where the plan goes, check the whole jointly, repair where it disagrees.
 
-A plan that trusts one or two measured ranks, extrapolated, can lose everything (prototype.md section 5). So every
-round measures, at the network's output on held-out probes, the very candidates that the current choice took, and
-chooses again, until the choice rests on measurements; then all are changed at once and compared with the sum.
+A plan that trusts one or two measured ranks, extrapolated, can lose everything (prototype.md section 5). So
+every round measures, at the network's output on held-out probes, the very candidates that the current choice
+took, and chooses again, until the choice rests on measurements; then all are changed at once and compared
+with the sum.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Search:
     _scanned: bool = False
 
     @classmethod
-    def of(cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress) -> Search:
+    def of(
+        cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress
+    ) -> Search:
         """Start with no measurement."""
         curves = {w.name: Curve() for w in workshop.found.weights}
         return cls(workshop, meter, workshop.items(), overhead, curves, progress)
@@ -79,10 +82,10 @@ class Search:
         return choice
 
     def _scan(self) -> None:
-        """Measure weights alone at a few shares of their float16 bytes, so that every curve has a foot to stand on.
+        """Measure weights alone at a few shares of their float16 bytes: every curve needs a foot to stand on.
 
-        The small weights that together hold 1/20 of the bytes are left at float16 unless the target needs them: they
-        can save little, and in a convolutional network they are the ones whose suffix is the whole network.
+        The small weights that together hold 1/20 of the bytes are left at float16 unless the target needs
+        them: they can save little, and in a convolutional network their suffix is the whole network.
         """
         if self.meter is None:
             return
@@ -143,7 +146,9 @@ class Search:
         assert self.meter is not None
         encoded = self.workshop.encode(self._with_sharers(candidate))
         own = [e for e in encoded if e.weight == candidate.weight]
-        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own, self.workshop.shifts(own)))
+        return self.meter.alone(
+            candidate.weight, self.workshop.fed(self.meter.network, own)
+        )
 
     def _with_sharers(self, candidate: Candidate) -> list[Candidate]:
         """Return the candidate and those that share its dictionary."""
@@ -160,17 +165,20 @@ class Search:
         """Return (damage, relative output error) of a choice as a whole, measured."""
         if self.meter is None:
             return choice.damage, choice.damage**0.5
-        encoded = self.workshop.encode(choice.candidates.values())
-        return self.measured(encoded, self.workshop.shifts(encoded))
+        return self.measured(self.workshop.encode(choice.candidates.values()))
 
-    def measured(self, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> tuple[float, float]:
+    def measured(
+        self, encoded: Sequence[Encoded], shifts: Mapping[str, Array] | None = None
+    ) -> tuple[float, float]:
         """Return (damage, relative output error) of encoded weights and shifted biases, all at once."""
         assert self.meter is not None
         return self.meter.together(self.workshop.fed(self.meter.network, encoded, shifts))
 
     def unless_alone_is_better(self, choice: Choice, budget: int) -> Choice:
-        """Return the choice, or the one without shared arrays where that, measured as a whole, does less damage."""
-        if self.workshop.sharing_is_asked or all("dictionary" not in c.params for c in choice.candidates.values()):
+        """Return the choice, or the one without shared arrays where that does less damage as a whole."""
+        if self.workshop.sharing_is_asked or all(
+            "dictionary" not in c.params for c in choice.candidates.values()
+        ):
             return choice
         with_sharing = [item.together for item in self.items]
         for item in self.items:
@@ -186,10 +194,10 @@ class Search:
         return choice
 
     def repaired(self, choice: Choice, budget: int) -> Choice:
-        """Check the choice as a whole; where the sum of its parts is far off, weigh each part within the whole.
+        """Check the choice as a whole; where the sum of its parts is far off, weigh each within the whole.
 
-        What a weight's change costs is then the damage that goes when that one change is undone. The better of the
-        two choices, measured as wholes, is returned.
+        What a weight's change costs is then the damage that goes when that one change is undone. The better
+        of the two choices, measured as wholes, is returned.
         """
         damage, error = self.together(choice)
         log.info("foreseen damage %.4g, together %.4g, output error %.4g", choice.damage, damage, error)
@@ -198,7 +206,11 @@ class Search:
         changed = [c for c in choice.candidates.values() if c.method != planner.KEEP and c.error**2 > FREE]
         for done, c in enumerate(changed):
             self.progress("weighing weights within the whole", done, len(changed), c.weight)
-            rest = {n: o for n, o in choice.candidates.items() if n not in {s.weight for s in self._with_sharers(c)}}
+            rest = {
+                n: o
+                for n, o in choice.candidates.items()
+                if n not in {s.weight for s in self._with_sharers(c)}
+            }
             within = damage - self.together(Choice(rest, 0, 0.0))[0]
             foreseen = planner.foreseen(c, self.curves)
             self.curves[c.weight].scale *= min(max(within / max(foreseen, 1e-300), 1 / LIMIT), LIMIT)

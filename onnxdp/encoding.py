@@ -1,4 +1,4 @@
-"""The workshop: weights are solved side by side, candidates become arrays, arrays become what a session can be fed.
+"""The workshop: weights are solved side by side, candidates become arrays, arrays what a session is fed.
 
 Here the array boundary is crossed: host tensors in, one weight at a time on the device, host arrays out.
 """
@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
+from functools import partial
 
 import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
-from onnxdp.errors import ModelError, PlanError
+from onnxdp.errors import PlanError
 from onnxdp.methods.form import Form, Solved, Task
 from onnxdp.network import Network, Stream, bias_input
 from onnxdp.planner import Item
@@ -55,6 +57,7 @@ class Workshop:
         self._keep_samples = keep_samples or settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
         self._means: dict[str, Array] = {}
+        self._last: dict[tuple[str, Group], tuple[Any, tuple[Encoded, ...]]] = {}
         self._samples: dict[str, Array] = {}
         self._groups = self._grouped()
 
@@ -63,8 +66,8 @@ class Workshop:
 
         Raises
         ------
-        ModelError
-            A weight holds a value that is not a number.
+        MethodError
+            What the weights see holds a value that is not a number.
         """
         items = [[self.weights[n] for n in group] for group in self._items()]
         total = len(self.weights)
@@ -78,12 +81,12 @@ class Workshop:
             if network is not None and stream is not None:
                 seen = stats.gather(stream, self.found, members, network, seed=self._settings.seed)
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
+            jobs: list[tuple[Form, Group]]
             jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
             jobs += [(self.forms[m], g) for g, m in self._groups.items() if g[0] in tasks]
             with arrays.one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                for (form, group), solved in zip(
-                    jobs, pool.map(lambda job: self._run(job[0], job[1], tasks), jobs), strict=True
-                ):
+                results = pool.map(partial(self._run, tasks), jobs)
+                for (form, group), solved in zip(jobs, results, strict=True):
                     self._solved[form.name, group] = solved
                     if len(group) == 1 and form is next(iter(self.forms.values())):
                         done += 1
@@ -142,27 +145,44 @@ class Workshop:
 
     def shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
         """Return what the bias behind each encoded weight gains, (outputs,), where it can take up the mean."""
-        result = {}
-        for e in encoded:
-            mean = self._means.get(e.weight)
-            if mean is not None:
-                weight = self.weights[e.weight]
-                change = weights.tensor_of(self.found, e.weight) - self.forms[e.method].decode(weight, e)
-                result[e.weight] = stats.bias_shift(weight, mean, weights.blocks(weight, change))
-        return result
+        shifts = {e.weight: self._shift(e, self.decode(e)) for e in encoded if e.weight in self._means}
+        return {name: shift for name, shift in shifts.items() if shift is not None}
 
-    def fed(self, network: Network, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> dict[str, Array]:
-        """Return weights and biases to feed the lifted network."""
-        changes = {k: v for k, v in self.changes(encoded).items() if k in network.fed}
-        for name, shift in shifts.items():
-            changes.update(self.shifted_bias(network, name, shift))
+    def no_shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
+        """Return zeros where :meth:`shifts` has numbers: enough to count bytes."""
+        weights_ = (self.weights[e.weight] for e in encoded if e.weight in self._means)
+        return {w.name: np.zeros(w.groups * w.outputs, np.float32) for w in weights_}
+
+    def _shift(self, encoded: Encoded, decoded: Array) -> Array | None:
+        mean = self._means.get(encoded.weight)
+        if mean is None:
+            return None
+        weight = self.weights[encoded.weight]
+        change = weights.tensor_of(self.found, encoded.weight) - decoded
+        return stats.bias_shift(weight, mean, weights.blocks(weight, change))
+
+    def fed(
+        self, network: Network, encoded: Sequence[Encoded], shifts: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Return weights and biases to feed the lifted network; biases shift as their weights need where None."""
+        changes: dict[str, Array] = {}
+        for e in encoded:
+            if e.weight not in network.fed:
+                continue
+            decoded = self.decode(e)
+            shift = self._shift(e, decoded) if shifts is None else shifts.get(e.weight)
+            changes[e.weight] = decoded.astype(np.dtype(self.weights[e.weight].dtype), copy=False)
+            if shift is not None:
+                changes.update(self.shifted_bias(network, e.weight, shift))
         return changes
 
     def shifted_bias(self, network: Network, name: str, shift: Array) -> dict[str, Array]:
-        """Return the bias input that makes the output behind a weight gain ``shift``; none where beta is 0."""
+        """Return the bias that makes the output behind a weight gain ``shift``; none where beta is 0."""
         key = bias_input(name)
         node = self.found.readers[name][0].node
-        alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
+        alpha, beta = (
+            node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta")
+        )
         if key not in network.fed or not beta:
             return {}
         return {key: (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)}
@@ -220,7 +240,8 @@ class Workshop:
         samples = seen.samples if seen and not self._settings.unweighted else None
         return Task(weight, tensor, samples, splittable)
 
-    def _run(self, form: Form, group: Group, tasks: Mapping[str, Task]) -> Solved:
+    def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
+        form, group = job
         return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 
     @staticmethod
@@ -236,7 +257,7 @@ class Workshop:
         return tuple(best)
 
     def _fixed(self, options: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """Where the number of atoms is given: the pair wherever it is smaller than the original, else what there is."""
+        """Where the number of atoms is given: the pair wherever it is the smaller, else what there is."""
         kept = options[0]
         pairs = [c for c in options[1:] if c.method == self._first and c.nbytes < kept.nbytes]
         return (kept, *(pairs[:1] or [c for c in options[1:] if c.nbytes < kept.nbytes]))
@@ -249,17 +270,24 @@ class Workshop:
             if group[0] == first and candidate.weight in group:
                 return group
         raise PlanError(
-            f"{candidate.weight} cannot share the dictionary of {first!r}; write the plan again with 'onnxdp plan'."
+            f"{candidate.weight} cannot share the dictionary of {first!r}; "
+            "write the plan again with 'onnxdp plan'."
         )
 
     def _encode(self, key: tuple[str, Group], chosen: list[Candidate]) -> tuple[Encoded, ...]:
-        method, group = key
+        group = key[1]
         by_name = {c.weight: c for c in chosen}
         alike = {tuple((k, v) for k, v in c.params.items() if k != "run") for c in chosen}
         if set(by_name) != set(group) or len(alike) > 1:
-            raise PlanError(f"{', '.join(group)} share a dictionary and must all be planned with the same parameters.")
+            raise PlanError(
+                f"{', '.join(group)} share a dictionary and must all be planned with the same parameters."
+            )
+        params = tuple(tuple(sorted(by_name[n].params.items())) for n in group)
+        kept = self._last.get(key)
+        if kept is not None and kept[0] == params:
+            return kept[1]
         solved = self._solved[key]
-        tasks = [
-            replace(self._task(self.weights[n], None), samples=self._samples.get(n)) for n in group
-        ]
-        return solved.encode(tasks, [by_name[n].params for n in group])
+        tasks = [replace(self._task(self.weights[n], None), samples=self._samples.get(n)) for n in group]
+        encoded = solved.encode(tasks, [by_name[n].params for n in group])
+        self._last[key] = (params, encoded)
+        return encoded

@@ -1,7 +1,7 @@
 """The network with its weights fed from outside: one small session measures any replacement of any weight.
 
-Nothing is copied per candidate, the weights stay mapped from their file, and what lies before a weight is run once
-for all candidates of it (its suffix session starts from the tensors that are alive there).
+Nothing is copied per candidate, the weights stay mapped from their file, and what lies before a weight is run
+once for all candidates of it (its suffix session starts from the tensors that are alive there).
 """
 
 from __future__ import annotations
@@ -44,11 +44,15 @@ class Network:
     provider : {"cpu", "cuda"}
     """
 
-    def __init__(self, model: Model, found: Found, *, threads: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self, model: Model, found: Found, *, threads: int | None = None, provider: str = "cpu"
+    ) -> None:
         copied = model_file.copy(model)
         twin = weights.find(copied.ir)
         lifted = [
-            w for w in found.weights if w.op in ("Conv", "Gemm", "MatMul") and w.dtype != "bfloat16" and w.inputs > 1
+            w
+            for w in found.weights
+            if w.op in ("Conv", "Gemm", "MatMul") and w.dtype != "bfloat16" and w.inputs > 1
         ]
         centred = [w for w in lifted if can_centre(found, w)]
         self.fed: dict[str, Array] = {}
@@ -67,7 +71,7 @@ class Network:
         self._threads, self._provider = threads, provider
         self.outputs = [o.name for o in self.proto.graph.output]
         self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
-        self._position = {
+        self._position: dict[str, int] = {
             name: i for i, node in reversed(list(enumerate(self.proto.graph.node))) for name in _reads(node)
         }
 
@@ -78,12 +82,14 @@ class Network:
         _set_outputs(proto.graph, outputs)
         return self._session(proto, outputs)
 
-    def run(self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes) -> dict[str, Array]:
+    def run(
+        self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes
+    ) -> dict[str, Array]:
         """Run one feed with some of the weights changed."""
         return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
-        """Return a function that gives the scores of the classes, where the network has one output that looks like it."""
+        """Return a function that gives the scores of the classes, where the network has one such output."""
         watched = _before_softmax(self.proto.graph)
         if len(watched) != 1:
             return None
@@ -109,9 +115,7 @@ class Network:
         later = [name for node in nodes[position:] for name in _reads(node)]
         return sorted(made & {*later, *self.outputs})
 
-    def segment(
-        self, start: int, stop: int | None, types: Mapping[str, int], outputs: Sequence[str]
-    ) -> Any:
+    def segment(self, start: int, stop: int | None, types: Mapping[str, int], outputs: Sequence[str]) -> Any:
         """Make a session of the nodes from ``start`` to ``stop``; tensors alive at the start become inputs.
 
         Parameters
@@ -128,7 +132,9 @@ class Network:
         nodes = list(graph.node)[start:stop]
         needed = {name for node in nodes for name in _reads(node)} | set(outputs)
         inputs = [v for v in graph.input if v.name in needed]
-        inputs += [onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(start) if n in needed]
+        inputs += [
+            onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(start) if n in needed
+        ]
         held = [t for t in graph.initializer if t.name in needed]
         for part, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, held)):
             copies = [_copy(k) for k in kept]
@@ -164,7 +170,7 @@ class Stream:
         return len(self._given)
 
     def advance(self, place: int, changes: Changes) -> None:
-        """Run to the node at ``place``, with some of the weights on the way changed; from the start if it is past."""
+        """Run to the node at ``place``, some weights on the way changed; from the start if it is past."""
         if place < self._place:
             self._place, self._state = 0, [{} for _ in self._given]
         if place == self._place:
@@ -200,8 +206,8 @@ class Suffix:
 class Meter:
     """Measures what changed weights do to the network's outputs on held-out probes.
 
-    The outputs are looked at before a closing Softmax; what all samples have in common does not count as signal
-    (prototype.md section 4: normalised by the variance between pictures).
+    The outputs are looked at before a closing Softmax; what all samples have in common does not count as
+    signal (prototype.md section 4: normalised by the variance between pictures).
     """
 
     def __init__(self, network: Network, probes: Probes) -> None:
@@ -219,10 +225,12 @@ class Meter:
     def together(self, changes: Changes) -> tuple[float, float]:
         """Return (damage, relative output error) of all changes at once.
 
-        Damage is the squared error of the watched outputs over their variance between samples, the mean of all
-        outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs.
+        Damage is the squared error of the watched outputs over their variance between samples, the mean of
+        all outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs.
         """
-        got = [self._clean(self.network.run(self._session, f, self.watched, changes)) for f in self._probes.feeds]
+        got = [
+            self._clean(self.network.run(self._session, f, self.watched, changes)) for f in self._probes.feeds
+        ]
         self.runs += 1
         return self._compare(got)
 
@@ -256,7 +264,8 @@ class Meter:
             session = self.network.segment(position, None, types, self.watched)
             inputs = frozenset(i.name for i in session.get_inputs())
             feeds = [
-                {**f, **{n: t[n] for n in alive}} for f, t in zip(self._probes.feeds, self._tensors, strict=True)
+                {**f, **{n: t[n] for n in alive}}
+                for f, t in zip(self._probes.feeds, self._tensors, strict=True)
             ]
             self._suffixes[position] = Suffix(session, inputs, feeds)
         return self._suffixes[position]
@@ -287,7 +296,7 @@ def types_of(tensors: Mapping[str, Array]) -> dict[str, int]:
 
 
 def _squares(a: Array, b: Array) -> float:
-    """Sum the squared differences; outputs whose shape depends on the values count whole where they differ."""
+    """Sum the squared differences; outputs of different shapes (which values may decide) count whole."""
     if a.shape != b.shape:
         return float(np.square(b).sum() + np.square(a).sum())
     return float(np.square(a - b).sum())
@@ -295,7 +304,9 @@ def _squares(a: Array, b: Array) -> float:
 
 def _variance(stacked: Array, probes: Probes) -> float:
     """Sum of squares about the mean over samples; about zero where there is one sample only."""
-    rows = stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
+    rows = (
+        stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
+    )
     if len(rows) < 2:
         return float(np.square(rows).sum())
     centred = float(np.square(rows - rows.mean(axis=0)).sum())
@@ -306,7 +317,8 @@ def _before_softmax(graph: onnx.GraphProto) -> list[str]:
     """Name the outputs, a closing Softmax looked through: probabilities saturate, scores do not."""
     made = {name: node for node in graph.node for name in node.output}
     return [
-        made[o.name].input[0] if o.name in made and made[o.name].op_type == "Softmax" else o.name for o in graph.output
+        made[o.name].input[0] if o.name in made and made[o.name].op_type == "Softmax" else o.name
+        for o in graph.output
     ]
 
 
@@ -335,7 +347,7 @@ def _copy(message: Any) -> Any:
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """Names that a node reads, those that its subgraphs take from outside included (over-counted, harmlessly)."""
+    """Names that a node reads, and that its subgraphs take from outside (over-counted, harmlessly)."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):

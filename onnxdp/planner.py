@@ -1,8 +1,9 @@
-"""Choose what becomes of every weight: the least damage at the network's output within the bytes, or the reverse.
+"""Choose what becomes of every weight: the least damage at the output within the bytes, or the reverse.
 
-Damage of a weight is taken as a function of its local error, d(e^2), known at the points where it was measured at the
-network's output, a straight line in logarithms between them and proportional to e^2 beyond. All weights are chosen at
-once by one Lagrange multiplier (method.md 1.5); whoever conducts measures where the choice falls and chooses again.
+Damage of a weight is taken as a function of its local error, d(e^2), known at the points where it was
+measured at the network's output, a straight line in logarithms between them and proportional to e^2 beyond.
+All weights are chosen at once by one Lagrange multiplier (method.md 1.5); whoever conducts measures where the
+choice falls and chooses again.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ class Curve:
         ys = np.maximum.accumulate(ys)
         inside = np.interp(np.log(e), xs, ys)
         beyond = np.where(np.log(e) < xs[0], np.log(e) - xs[0], np.maximum(np.log(e) - xs[-1], 0.0))
-        return self.scale * np.exp(inside + beyond)
+        damage: Array = self.scale * np.exp(inside + beyond)
+        return damage
 
 
 @dataclass(slots=True)
 class Item:
     """Weights that are decided together: one alone, or several that may share arrays.
 
-    ``alone`` holds the candidates of each weight by itself, ``together`` those of all at once; in either the first
-    of a weight's candidates is to keep it.
+    ``alone`` holds the candidates of each weight by itself, ``together`` those of all at once; in either the
+    first of a weight's candidates is to keep it.
     """
 
     names: tuple[str, ...]
@@ -142,7 +144,10 @@ def _pick(
 
 
 def _best(
-    options: Sequence[tuple[Candidate, ...]], curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
+    options: Sequence[tuple[Candidate, ...]],
+    curves: Mapping[str, Curve],
+    price: float,
+    overhead: Mapping[str, int],
 ) -> tuple[float, tuple[Candidate, ...]]:
     sizes = np.array([sum(bytes_of(c, overhead) for c in option) for option in options], np.float64)
     if math.isinf(price):
@@ -176,12 +181,18 @@ def foreseen(candidate: Candidate, curves: Mapping[str, Curve]) -> float:
 
 
 def _fill(
-    items: Sequence[Item], curves: Mapping[str, Curve], choice: Choice, budget: int, overhead: Mapping[str, int]
+    items: Sequence[Item],
+    curves: Mapping[str, Curve],
+    choice: Choice,
+    budget: int,
+    overhead: Mapping[str, int],
 ) -> Choice:
-    """Spend what the multiplier left over: the swap of one weight that saves most damage per byte, while one fits."""
+    """Spend what the multiplier left over: the swap that saves most damage per byte, while one fits."""
     candidates = dict(choice.candidates)
     slack = budget - choice.nbytes
-    shared = {n for item in items if item.together for n in item.names if "dictionary" in candidates[n].params}
+    shared = {
+        n for item in items if item.together for n in item.names if "dictionary" in candidates[n].params
+    }
     options: dict[str, tuple[Array, Array, tuple[Candidate, ...]]] = {}
     for item in items:
         for name, own in item.alone.items():

@@ -421,7 +421,9 @@ def _check(path: Path, spec: InputSpec, x: Array, plan: Layout) -> None:
     if not x.size:
         raise UsageError(f"{spec.name!r} in {path} holds no sample; give at least two.")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise UsageError(f"{spec.name!r} in {path} holds NaN or infinity; give inputs that the model can use.")
+        raise UsageError(
+            f"{spec.name!r} in {path} holds NaN or infinity; give inputs that the model can use."
+        )
     samples = plan.axes[spec.name] == 0
     wrong = [
         i

@@ -1,7 +1,7 @@
 """Fit the chosen forms again, layer by layer, to what the compressed network really feeds them.
 
-Both networks advance side by side, from one weight to the next. With x what the original feeds a weight and x' what
-the compressed network does, the weight is moved towards the one that gives the original's output from x',
+Both networks advance side by side, from one weight to the next. With x what the original feeds a weight and
+x' what the compressed network does, the weight moves towards the one that makes the original's output of x',
 
     W* = W + alpha (H' + delta I)^-1 E[x' (x^T W - x'^T W)],    b' = b + E[x]^T W - E[x']^T W'
 
@@ -55,7 +55,8 @@ def refine(
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
     order = sorted(
-        (c for c in choices if c.method != KEEP and c.weight in network.fed), key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight])
+        (c for c in choices if c.method != KEEP and c.weight in network.fed),
+        key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight]),
     )
     original, compressed = Stream(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
@@ -70,7 +71,7 @@ def refine(
         new, shift = _refit(workshop, weight, choice, x, seen)
         encoded[choice.weight] = new
         changes[choice.weight] = workshop.changes([new])[choice.weight]
-        if stats.can_centre(workshop.found, weight):
+        if weights.can_centre(workshop.found, weight):
             shifts[choice.weight] = shift
             changes.update(workshop.shifted_bias(network, choice.weight, shift))
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
@@ -79,8 +80,8 @@ def refine(
 def _refit(
     workshop: Workshop, weight: Weight, choice: Candidate, x: Array, seen: Array
 ) -> tuple[Encoded, Array]:
-    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), of the compressed network."""
-    centre = stats.can_centre(workshop.found, weight)
+    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed."""
+    centre = weights.can_centre(workshop.found, weight)
     tensor = weights.tensor_of(workshop.found, weight.name)
     w = weights.blocks(weight, tensor).astype(np.float32)
     mean = x.mean(axis=1, dtype=np.float64) if centre else np.zeros((x.shape[0], x.shape[2]))
@@ -99,7 +100,7 @@ def _refit(
 
 
 def _ridge_solve(b: Array, target: Array) -> Array:
-    """Return (b^T b + delta I)^-1 b^T target, (groups, inputs, outputs), through the smaller of the two Grams."""
+    """Return (b^T b + delta I)^-1 b^T target, (groups, inputs, outputs), through the smaller Gram."""
     groups, rows, inputs = b.shape
     diagonal = np.square(b).sum(axis=(1, 2), dtype=np.float64) / inputs
     delta = (RIDGE[0] + RIDGE[1] * min(1.0, inputs / rows)) * np.where(diagonal > 0, diagonal, 1.0)

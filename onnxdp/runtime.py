@@ -31,8 +31,8 @@ def onnxruntime() -> Any:
         import onnxruntime as ort
     except ImportError as e:
         raise SetupError(
-            f"ONNX Runtime is needed and cannot be imported ({e}); install it with: pip install 'onnxdp[cpu]' "
-            "(or 'onnxdp[gpu]')."
+            f"ONNX Runtime is needed and cannot be imported ({e}); "
+            "install it with: pip install 'onnxdp[cpu]' (or 'onnxdp[gpu]')."
         ) from e
     return ort
 
@@ -85,7 +85,12 @@ def session(
 
 
 def _make(
-    ort: Any, model: onnx.ModelProto | Path, options: Any, providers: Sequence[str], disabled: Sequence[str], **more: Any
+    ort: Any,
+    model: onnx.ModelProto | Path,
+    options: Any,
+    providers: Sequence[str],
+    disabled: Sequence[str],
+    **more: Any,
 ) -> Any:
     more |= {"providers": providers, "disabled_optimizers": disabled}
     if isinstance(model, Path):
@@ -187,9 +192,9 @@ def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
     """Rows of the table that integer ids select from: a Gather read directly or through Cast and reshapes."""
     tables = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) >= 1}
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            if node.attribute[0].t.dims:
-                tables[node.output[0]] = node.attribute[0].t.dims[0]
+        value = node.attribute[0].t if node.op_type == "Constant" and node.attribute else None
+        if value is not None and value.dims:
+            tables[node.output[0]] = value.dims[0]
     names = {name}
     for node in _in_order(graph.node):
         if node.op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity") and node.input[0] in names:

@@ -1,6 +1,7 @@
 """What each weight sees of the probes: sampled rows of its input, gathered in streamed runs of ONNX Runtime.
 
-Rows are kept rather than second moments: a 25088-wide input needs no 25088 x 25088 matrix, and X W is cheaper than H W.
+Rows are kept rather than second moments: a 25088-wide input needs no 25088 x 25088 matrix, and X W is cheaper
+than H W.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +18,8 @@ import onnx_ir as ir
 from onnxdp.network import Network, Stream
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
+
+_ROWS = 1024
 
 MAX_BYTES = 96_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
@@ -38,8 +42,8 @@ class Seen:
 
 
 def rows_wanted(weight: Weight) -> int:
-    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192."""
-    return int(np.clip(16 * weight.inputs, 1024, 8192))
+    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192 (4096 where they are long)."""
+    return int(np.clip(16 * weight.inputs, 1024, 8192 if weight.inputs <= 640 else 4096))
 
 
 def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Sequence[Weight]]]:
@@ -59,7 +63,9 @@ def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Seq
         yield held
 
 
-def gather(stream: Stream, found: Found, chosen: Sequence[Weight], network: Network, *, seed: int) -> dict[str, Seen]:
+def gather(
+    stream: Stream, found: Found, chosen: Sequence[Weight], network: Network, *, seed: int
+) -> dict[str, Seen]:
     """Run the probes on and sample the inputs of the chosen weights.
 
     Parameters
@@ -77,11 +83,7 @@ def gather(stream: Stream, found: Found, chosen: Sequence[Weight], network: Netw
     -------
     dict of str to Seen
     """
-    places = [
-        (network.place(tap.output), weight, tap)
-        for weight in chosen
-        for tap in _taps(found, weight)
-    ]
+    places = [(network.place(tap.output), weight, tap) for weight in chosen for tap in _taps(found, weight)]
     counts = {w.name: sum(w is other for _, other, _ in places) for w in chosen}
     rows: dict[str, list[Array]] = {}
     for place, weight, tap in sorted(places, key=lambda p: p[0]):
@@ -96,7 +98,7 @@ def gather(stream: Stream, found: Found, chosen: Sequence[Weight], network: Netw
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
-    """Count the output positions of one sample that each weight multiplies (absent where it cannot be seen)."""
+    """Count the output positions of one sample that each weight multiplies (absent where none is seen)."""
     taps = {w.name: _taps(found, w) for w in found.weights}
     wanted = sorted({t.source for group in taps.values() for t in group})
     if not wanted:
@@ -170,7 +172,7 @@ def _taps(found: Found, weight: Weight) -> list[Tap]:
 
 
 def first_place(network: Network, found: Found, weight: Weight) -> int:
-    """Return the place of the first node in the outermost graph that multiplies by the weight; 0 without one."""
+    """Return the place of the first node of the main graph that multiplies by the weight; 0 without one."""
     return min((network.place(tap.output) for tap in _taps(found, weight)), default=0)
 
 
@@ -238,11 +240,12 @@ def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.r
     patches = np.zeros((len(picked), x.shape[1], weight.tap), np.float32)
     for tap, offsets in enumerate(product(*(range(k) for k in g.kernel))):
         at = [
-            p * s + o * d - b for p, s, o, d, b in zip(places, g.strides, offsets, g.dilations, g.begins, strict=True)
+            p * s + o * d - b
+            for p, s, o, d, b in zip(places, g.strides, offsets, g.dilations, g.begins, strict=True)
         ]
-        inside = np.all([(0 <= a) & (a < n) for a, n in zip(at, x.shape[2:], strict=True)], axis=0)
-        index = tuple(a[inside] for a in at)
-        patches[inside, :, tap] = x[(image[inside], slice(None), *index)]
+        inside = np.all([(a >= 0) & (a < n) for a, n in zip(at, x.shape[2:], strict=True)], axis=0)
+        index: tuple[Any, ...] = (image[inside], slice(None), *(a[inside] for a in at))
+        patches[inside, :, tap] = x[index]
     rows = patches.reshape(len(picked), weight.groups, weight.inputs)
     return rows.swapaxes(0, 1)
 
@@ -250,12 +253,16 @@ def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.r
 def bias_shift(weight: Weight, mean: Array, change: Array) -> Array:
     """Return what the bias must gain when W becomes W - change: mean^T change, (groups * outputs,) float32.
 
-    ``change`` is a stack (groups, inputs, outputs), ``mean`` (groups, inputs). method.md 1.3: b' = b + (W - W')^T mu.
+    ``change`` is a stack (groups, inputs, outputs), ``mean`` (groups, inputs).
+    method.md 1.3: b' = b + (W - W')^T mu.
     """
-    shift: Array = np.einsum("gm,gmn->gn", mean.astype(np.float64), change.astype(np.float64))
+    shift = np.zeros((change.shape[0], change.shape[2]))
+    for first in range(0, change.shape[1], _ROWS):  # a large weight is never doubled in float64
+        rows = slice(first, first + _ROWS)
+        shift += (mean[:, None, rows].astype(np.float64) @ change[:, rows])[:, 0]
     return shift.reshape(-1).astype(np.float32)
 
 
-def macs(weights: Sequence[Weight], positions_of: Mapping[str, int]) -> int:
+def macs(weights: Sequence[Weight]) -> int:
     """Return the multiply-accumulates of one sample through the weights."""
-    return sum(w.size * positions_of.get(w.name, 0) for w in weights)
+    return sum(w.size * w.positions for w in weights)

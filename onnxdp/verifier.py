@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,28 @@ def check_file(path: Path) -> None:
         ) from e
 
 
-def compare(a: Any, b: Any, probes: Probes, *, tolerance: float | None = None) -> Verification:
-    """Run two sessions on the same samples.
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a model answers to the probes, and its interface; its session need not be kept."""
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    answers: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, session: Any, probes: Probes) -> Reference:
+        """Run a session on every feed."""
+        answers = tuple(runtime.run(session, feed) for feed in probes.feeds)
+        return cls(tuple(session.get_inputs()), tuple(session.get_outputs()), answers)
+
+
+def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = None) -> Verification:
+    """Run a session on the samples that the reference answered.
 
     Parameters
     ----------
-    a, b : InferenceSession
-        ``a`` is the reference.
+    a : Reference
+    b : InferenceSession
     probes : Probes
     tolerance : float, optional
         Largest relative error that passes; None passes whatever is finite.
@@ -53,11 +69,10 @@ def compare(a: Any, b: Any, probes: Probes, *, tolerance: float | None = None) -
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
     _same_interface(a, b)
-    names = [o.name for o in a.get_outputs()]
-    tallies = {n: _Tally() for n in names}
-    for feed in probes.feeds:
-        left, right = runtime.run(a, feed), runtime.run(b, feed)
-        for name in names:
+    tallies = {o.name: _Tally() for o in a.outputs}
+    for feed, left in zip(probes.feeds, a.answers, strict=True):
+        right = runtime.run(b, feed)
+        for name in tallies:
             tallies[name].add(left[name], right[name])
     outputs = tuple(t.result(n) for n, t in tallies.items() if t.seen)
     finite = all(np.isfinite(o.relative) for o in outputs)
@@ -103,9 +118,9 @@ class _Tally:
         return OutputDifference(name, self._max, self._sum / self.seen, relative, same)
 
 
-def _same_interface(a: Any, b: Any) -> None:
-    for kind in ("inputs", "outputs"):
-        mine, other = (getattr(s, f"get_{kind}")() for s in (a, b))
+def _same_interface(a: Reference, b: Any) -> None:
+    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (a.outputs, b.get_outputs())}
+    for kind, (mine, other) in pairs.items():
         if len(mine) != len(other) or not all(map(_alike, mine, other)):
             raise ModelError(
                 f"The two models have different {kind} ({_shown(mine)} against {_shown(other)}); "

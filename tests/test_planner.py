@@ -21,7 +21,9 @@ def options(name, pairs):
 
 
 tables = st.lists(
-    st.lists(st.tuples(st.integers(10, 999), st.floats(0.01, 1.0)), min_size=1, max_size=5), min_size=1, max_size=5
+    st.lists(st.tuples(st.integers(10, 999), st.floats(0.01, 1.0)), min_size=1, max_size=5),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -35,7 +37,7 @@ def brute(items, curves, budget):
 
 
 def upgrade(items, curves):
-    """The most that one weight's candidate can differ from its neighbour on the hull: the gap Lagrange may leave."""
+    """The most that a candidate can differ from its neighbour on the hull: the gap Lagrange may leave."""
     return max(max(planner.foreseen(c, curves) for c in item.alone[item.names[0]]) for item in items)
 
 
@@ -82,9 +84,7 @@ def test_overhead_counts():
 
 def shared_item(together_bytes):
     a, b = options("a", [(600, 0.1)]), options("b", [(600, 0.1)])
-    both = tuple(
-        Candidate(n, "dp", {"atoms": 1, "dictionary": "a"}, together_bytes, 0.1) for n in ("a", "b")
-    )
+    both = tuple(Candidate(n, "dp", {"atoms": 1, "dictionary": "a"}, together_bytes, 0.1) for n in ("a", "b"))
     return Item(("a", "b"), {"a": a, "b": b}, (both,))
 
 
@@ -96,7 +96,9 @@ def test_sharing_is_chosen_where_it_is_cheaper(nbytes, taken):
 
 
 @given(
-    st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-9, 10)), min_size=1, max_size=6, unique_by=lambda p: p[0]),
+    st.lists(
+        st.tuples(st.floats(1e-6, 1), st.floats(1e-9, 10)), min_size=1, max_size=6, unique_by=lambda p: p[0]
+    ),
     st.lists(st.floats(1e-8, 10), min_size=2, max_size=10),
 )
 @settings(max_examples=100, deadline=None)

@@ -25,7 +25,11 @@ def test_errors_and_codes_are_those_of_the_best_codes_for_every_rank(case, weigh
         codes = refit_codes(w, atoms[..., :rank], moment)
         assert np.allclose(seen.codes(rank), codes, rtol=1e-8, atol=1e-10)
         left = w - atoms[..., :rank] @ codes
-        energy = (lambda a: moment.energy(lambda r: a[..., r, :], a)) if moment else (lambda a: (a**2).sum((-2, -1)))
+        energy = (
+            (lambda a: moment.energy(lambda r: a[..., r, :], a))
+            if moment
+            else (lambda a: (a**2).sum((-2, -1)))
+        )
         want = (energy(left).sum() / energy(w).sum()) ** 0.5
         assert seen.error(rank) == pytest.approx(want, rel=1e-7)
 

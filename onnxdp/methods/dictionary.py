@@ -1,20 +1,20 @@
 """Dictionary pairs: W ~ D C, block by block.
 
-    W (inputs x outputs) is cut into B blocks along its rows (the paper's partitions), along its columns, or not at
-    all; every block is rebuilt from r atoms, W_b ~ D_b C_b. Stored are the atoms D and the codes C.
+    W (inputs x outputs) is cut into B blocks along its rows (the paper's partitions), along its columns, or
+    not at all; every block is rebuilt from r atoms, W_b ~ D_b C_b. Stored are the atoms D and the codes C.
 
     fold    W' = Reshape(MatMul(C^T, D^T)), ordinary operators on constants, gone when the session is made
     split   y = codes(atoms(x)): two small operators in place of one large, where that is no slower
 
 References
 ----------
-Gao et al., "Dictionary Pair-based Data-Free Fast Deep Neural Network Compression", ICDM 2021: partitions, pairs,
-dictionaries shared between layers. runtime.md section 4: when two operators are no slower than one.
+Gao et al., "Dictionary Pair-based Data-Free Fast Deep Neural Network Compression", ICDM 2021: partitions,
+pairs, dictionaries shared between layers. runtime.md section 4: when two operators are no slower than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxdp import arrays, weights
 from onnxdp.build import Builder
 from onnxdp.errors import PlanError
-from onnxdp.methods import solvers
+from onnxdp.methods import emission, solvers
 from onnxdp.methods.form import Solved, Task
 from onnxdp.methods.sharing import Projected, project
 from onnxdp.methods.solvers import Factored, Moment
@@ -35,13 +35,13 @@ from onnxdp.weights import Reader
 BLOCK_ROWS = 288
 """Rows of a block that the paper found best on ResNet-18."""
 
-RIDGE = (0.01, 0.3)
+RIDGE = (1.0, 0.3)
 """Ridge of the second moment over its mean diagonal: a + b * inputs / samples (prototype.md section 4)."""
 
-Attributes = Mapping[str, ir.Attr]
-
+_MAX_FLOPS = 6e10
+"""Layouts that take longer to factor (about two seconds) are not tried."""
 _MIN_BLOCK = 8
-"""Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which natural pictures hardly fill."""
+"""Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which pictures hardly fill."""
 _LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
 _MAX_MACS = 0.8
@@ -101,7 +101,7 @@ class DictionaryPair:
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
     ) -> Sequence[tuple[str, ...]]:
-        """Name the weights that may share a dictionary: equal input rows of one tensor, or (everywhere) in a row."""
+        """Name the weights that may share a dictionary: readers of one tensor; everywhere: pairs of peers."""
         usable = [w for w in weights if self.supports(w) is None and w.groups == 1]
         by_source: dict[tuple[object, ...], list[str]] = {}
         for w in usable:
@@ -138,10 +138,14 @@ class DictionaryPair:
         self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
     ) -> ir.Value | None:
         """Draw the product of the factors, or two operators in place of the reader."""
-        if encoded.params["run"] == "split" and reader is not None and _can_split(weight, encoded.params):
-            _emit_split(build, weight, encoded, reader)
+        if (
+            encoded.params["run"] == "split"
+            and reader is not None
+            and emission.can_split(weight, encoded.params)
+        ):
+            emission.split(build, weight, encoded, reader)
             return None
-        return _emit_fold(build, weight, encoded)
+        return emission.fold(build, weight, encoded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +300,7 @@ class _Pairs:
 
 
 def _layouts(tasks: Sequence[Weight], settings: Settings) -> list[tuple[str, int]]:
-    """Return the (axis, parts) to try: whole, the paper's rows, and columns, by what the matrix's shape suggests."""
+    """Return the (axis, parts) to try: whole, the paper's rows, and columns, by the matrix's shape."""
     weight = tasks[0]
     rows = settings.partition_rows()
     if rows == 0:
@@ -308,11 +312,18 @@ def _layouts(tasks: Sequence[Weight], settings: Settings) -> list[tuple[str, int
         layouts += [("rows", p) for p in _ladder(weight.channels, weight.inputs)]
         if len(tasks) == 1 and weight.outputs > weight.inputs:
             layouts += [("columns", p) for p in _ladder(weight.outputs, weight.outputs)[:2]]
-    return list(dict.fromkeys(layouts))
+    return [at for at in dict.fromkeys(layouts) if at[1] == 1 or _flops(weight, *at) <= _MAX_FLOPS]
+
+
+def _flops(weight: Weight, axis: str, parts: int) -> float:
+    """Estimate what factoring a layout takes: the Gram products of the smaller sides, and their eigenvectors."""
+    m, n = _block_shape(weight, axis, parts)
+    side = min(m, n)
+    return float(parts * (2 * side * m * n + 10 * side**3))
 
 
 def _ladder(channels: int, rows: int) -> list[int]:
-    """Return numbers of blocks from as many as there can be down to 2, each a quarter of the one before, about."""
+    """Return numbers of blocks, from as many as there can be down to 2, each about a quarter of the last."""
     parts, wanted = [], float(min(channels, rows // _MIN_BLOCK))
     while wanted >= 2:
         parts.append(_parts(channels, wanted))
@@ -351,7 +362,7 @@ def _stack(tasks: Sequence[Task], axis: str, parts: int) -> Array:
 
 
 def _moment(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment | None:
-    """Return the second moment of the blocks' inputs; of several tasks the mean, each scaled to unit trace."""
+    """Return the second moment of the blocks' inputs; of several tasks the mean, each of unit trace."""
     if any(t.samples is None for t in tasks):
         return None
     samples = []
@@ -377,124 +388,9 @@ def _macs(weight: Weight, params: Params) -> float:
     return int(params["atoms"]) * (m + n) / (m * n)
 
 
-def _can_split(weight: Weight, params: Params) -> bool:
-    """Whether two operators can do what the pair says: row blocks of a Conv become groups, others one block."""
-    if weight.groups > 1:
-        return False
-    return int(params["parts"]) == 1 or (weight.op == "Conv" and params["axis"] == "rows")
-
-
 def _pays_split(weight: Weight, params: Params) -> bool:
     """Whether two operators are no slower than one (runtime.md section 4)."""
     atoms, parts = int(params["atoms"]), int(params["parts"])
-    if not _can_split(weight, params) or _macs(weight, params) > _MAX_MACS or atoms % _LANES:
+    if not emission.can_split(weight, params) or _macs(weight, params) > _MAX_MACS or atoms % _LANES:
         return False
     return parts == 1 or (weight.channels // parts) % _LANES == 0
-
-
-def _emit_fold(build: Builder, weight: Weight, encoded: Encoded) -> ir.Value:
-    """W' as a product of constants, in the stored orientation, so that only blocks need a Transpose."""
-    axis, parts = str(encoded.params["axis"]), int(encoded.params["parts"])
-    atoms, codes = _factors(build, weight, encoded, "float32")
-    value = build.node("MatMul", [codes, atoms] if weight.transposed else [atoms, codes], "product")
-    g, m, n = weight.groups, weight.inputs, weight.outputs
-    if parts > 1 and (axis == "rows") == weight.transposed:
-        # Blocks lie along the last axis of the stored matrix: bring them there.
-        stored = (g, parts, n, m // parts) if weight.transposed else (g, parts, m, n // parts)
-        value = build.reshape(value, stored, "blocks")
-        value = build.node("Transpose", [value], "order", perm=[0, 2, 1, 3])
-    elif weight.shape == ((n, m) if weight.transposed else (m, n)) and g * parts == 1:
-        return build.cast(value, weight.dtype, "type") if weight.dtype != "float32" else value
-    value = build.reshape(value, weight.shape, "weight")
-    return build.cast(value, weight.dtype, "type") if weight.dtype != "float32" else value
-
-
-def _factors(build: Builder, weight: Weight, encoded: Encoded, dtype: str) -> tuple[ir.Value, ir.Value]:
-    """Register atoms and codes, in the stored orientation, and cast them to ``dtype``."""
-    atoms, codes = (_oriented(encoded.arrays[r], weight.transposed) for r in ("atoms", "codes"))
-    shared = encoded.shared.get("atoms")
-    return (
-        build.cast(build.constant("atoms", atoms, shared and f"{shared}.shared"), dtype, "atoms.cast"),
-        build.cast(build.constant("codes", codes), dtype, "codes.cast"),
-    )
-
-
-def _oriented(stack: Array, transposed: bool) -> Array:
-    stack = stack.swapaxes(-1, -2) if transposed else stack
-    return stack[0] if len(stack) == 1 else stack
-
-
-def _emit_split(build: Builder, weight: Weight, encoded: Encoded, reader: Reader) -> None:
-    """Put an atoms operator before the node, which becomes the codes operator under its old name."""
-    if weight.op == "Conv":
-        _split_conv(build, weight, encoded, reader.node)
-    else:
-        _split_product(build, weight, encoded, reader)
-
-
-def _split_conv(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node) -> None:
-    """Conv k x k, grouped where the rows are in blocks, then Conv 1 x 1 with the bias."""
-    parts, rank = int(encoded.params["parts"]), int(encoded.params["atoms"])
-    ones = [1] * (len(weight.shape) - 2)
-    atoms_shape = (parts * rank, weight.shape[1] // parts, *weight.shape[2:])
-    codes = encoded.arrays["codes"].reshape(parts * rank, weight.outputs).T
-    x, shared = node.inputs[0], encoded.shared.get("atoms")
-    geometry = {k: a for k, a in node.attributes.items() if k != "group"}
-
-    def draw() -> ir.Value:
-        if shared:
-            stored = build.constant("atoms", _oriented(encoded.arrays["atoms"], True), f"{shared}.shared")
-            wide = build.cast(stored, weight.dtype, "atoms.cast")
-            kernel = build.reshape(wide, atoms_shape, "atoms.kernel")
-        else:
-            stored = build.constant("atoms", encoded.arrays["atoms"].swapaxes(-1, -2).reshape(atoms_shape))
-            kernel = build.cast(stored, weight.dtype, "atoms.cast")
-        group = {"group": parts} if parts > 1 else {}
-        return _with(build.node("Conv", [x, kernel], "atoms.conv", **group), geometry)
-
-    between = _atoms_once(build, encoded, x, geometry, draw)
-    code = build.constant("codes", codes.reshape(weight.outputs, parts * rank, *ones))
-    node.attributes.clear()
-    node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", ones)
-    node.replace_input_with(0, between)
-    node.replace_input_with(1, build.cast(code, weight.dtype, "codes.cast"))
-
-
-def _split_product(build: Builder, weight: Weight, encoded: Encoded, reader: Reader) -> None:
-    """Turn x W into (x D) C, and W^T x into C^T (D^T x)."""
-    node, left = reader.node, reader.index == 0
-    atoms, codes = _factors(build, weight, encoded, weight.dtype)
-    x = node.inputs[1 - reader.index]
-    flags = {k: a for k, a in node.attributes.items() if k in ("transA", "transB")}
-
-    def draw() -> ir.Value:
-        operands = [atoms, x] if left else [x, atoms]
-        if node.op_type == "Gemm" and build.opset < 11:  # where Gemm must have a bias
-            operands.append(build.zero(weight.dtype))
-        return _with(build.node(node.op_type, operands, "atoms.product"), flags)
-
-    between = _atoms_once(build, encoded, x, flags, draw)
-    # The activations are turned once, in the first operator.
-    node.attributes.pop("transB" if left else "transA", None)
-    node.replace_input_with(1 - reader.index, between)
-    node.replace_input_with(reader.index, codes)
-
-
-def _atoms_once(
-    build: Builder, encoded: Encoded, x: ir.Value | None, geometry: Attributes, draw: Callable[[], ir.Value]
-) -> ir.Value:
-    """Draw the atoms operator, once where several weights share them and read one tensor alike."""
-    shared = encoded.shared.get("atoms")
-    if shared is None:
-        return draw()
-    assert x is not None
-    how = sorted(f"{k}={a.value}" for k, a in geometry.items() if k != "kernel_shape")
-    return build.once(f"atoms of {shared} on {x.name} {' '.join(how)}", draw)
-
-
-def _with(value: ir.Value, attributes: Attributes) -> ir.Value:
-    """Give the node behind a value the attributes of another."""
-    producer = value.producer()
-    assert producer is not None
-    producer.attributes.update(attributes)
-    return value

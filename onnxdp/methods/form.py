@@ -1,8 +1,8 @@
 """What a method is, and where methods are found.
 
-A form says how a weight is stored and how ordinary operators undo it. Two laws hold for every form, and the tests
-check them for each that is registered: ONNX Runtime on what ``emit`` drew equals ``decode``, and ``cost`` equals
-the bytes of the initializers that ``emit`` made.
+A form says how a weight is stored and how ordinary operators undo it. Two laws hold for every form, and the
+tests check them for each that is registered: ONNX Runtime on what ``emit`` drew equals ``decode``, and
+``cost`` equals the bytes of the initializers that ``emit`` made.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Form(Protocol):
     ) -> Sequence[tuple[str, ...]]:
         """Name the weights that may share arrays.
 
-        ``sources`` tells which tensor each weight reads; ``everywhere`` asks for all that could, not only for those
-        that are likely to gain.
+        ``sources`` tells which tensor each weight reads; ``everywhere`` asks for all that could, not only for
+        those that are likely to gain.
         """
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
@@ -89,11 +89,13 @@ class Form(Protocol):
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Return the stored tensor's replacement, of shape ``weight.shape``, float32."""
 
-    def emit(self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None) -> ir.Value | None:
+    def emit(
+        self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
+    ) -> ir.Value | None:
         """Draw the operators that undo the form.
 
-        Returns the value that replaces the weight. A form may instead rewrite ``reader`` (given where the weight
-        has one direct reader) and return None.
+        Returns the value that replaces the weight. A form may instead rewrite ``reader`` (given where the
+        weight has one direct reader) and return None.
         """
 
 
@@ -114,11 +116,15 @@ def load(name: str) -> Form:
     """
     found = [e for e in entry_points(group=GROUP) if e.name == name]
     if not found:
-        raise UsageError(f"There is no method {name!r}; installed are {', '.join(sorted(registered()))}, auto.")
+        raise UsageError(
+            f"There is no method {name!r}; installed are {', '.join(sorted(registered()))}, auto."
+        )
     try:
         form = found[0].load()()
     except Exception as e:  # a plug-in may raise anything
-        raise MethodError(f"The method {name!r} ({found[0].value}) cannot be loaded: {e}; reinstall it.") from e
+        raise MethodError(
+            f"The method {name!r} ({found[0].value}) cannot be loaded: {e}; reinstall it."
+        ) from e
     if not isinstance(form, Form):
         raise MethodError(f"The method {name!r} ({found[0].value}) lacks parts of a form; update it.")
     return form

@@ -2,12 +2,13 @@
 
     W_i ~ D C_i,   C_i = (D^T H_i D)^-1 D^T H_i W_i
 
-With D^T H_i D = L L^T and T = L^-1 D^T H_i W_i, atom j removes ||T_j||^2 of W_i's squared error, whatever comes after
-it, because a Cholesky factor is nested: one factorisation gives every rank here too.
+With D^T H_i D = L L^T and T = L^-1 D^T H_i W_i, atom j removes ||T_j||^2 of W_i's squared error, whatever
+comes after it, because a Cholesky factor is nested: one factorisation gives every rank here too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from onnxdp.arrays import Array, namespace
@@ -37,7 +38,7 @@ class Projected:
         """Return the relative error that the first ``rank`` atoms leave."""
         xp = namespace(self.coordinates)
         kept = float(xp.sum(self.coordinates[:, :rank, :] ** 2))
-        return max(0.0, 1.0 - kept / (self.total or 1.0)) ** 0.5
+        return math.sqrt(max(0.0, 1.0 - kept / (self.total or 1.0)))
 
     def codes(self, rank: int) -> Array:
         """Return the best codes for the first ``rank`` atoms, (blocks, rank, outputs) float64."""
