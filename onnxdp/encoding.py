@@ -57,6 +57,7 @@ class Workshop:
         self._keep_samples = keep_samples or settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
         self._means: dict[str, Array] = {}
+        self._expected: dict[str, Array] = {}
         self._last: dict[tuple[str, Group], tuple[Any, tuple[Encoded, ...]]] = {}
         self._samples: dict[str, Array] = {}
         self._groups = self._grouped()
@@ -158,8 +159,11 @@ class Workshop:
         if mean is None:
             return None
         weight = self.weights[encoded.weight]
-        change = weights.tensor_of(self.found, encoded.weight) - decoded
-        return stats.bias_shift(weight, mean, weights.blocks(weight, change))
+        if encoded.weight not in self._expected:
+            tensor = weights.tensor_of(self.found, encoded.weight)
+            self._expected[encoded.weight] = stats.mean_output(mean, weights.blocks(weight, tensor))
+        shift = self._expected[encoded.weight] - stats.mean_output(mean, weights.blocks(weight, decoded))
+        return shift.astype(np.float32)
 
     def fed(
         self, network: Network, encoded: Sequence[Encoded], shifts: Mapping[str, Array] | None = None

@@ -31,7 +31,7 @@ from google.protobuf.message import (  # type: ignore[import-untyped]  # protobu
     DecodeError,
     EncodeError,
 )
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxdp import guard, place, walk
 from onnxdp.draft import Draft, fits_inline, mapped
@@ -272,7 +272,12 @@ def _root(error: BaseException) -> str:
 
 
 def _mapped(tensor: ir.TensorProtocol, buffers: Mapping[str, memoryview]) -> ir.TensorProtocol:
-    """Give an external tensor as a view of its mapped file (onnx-ir would map the file once per tensor)."""
+    """Give an external tensor as a view of its mapped file (onnx-ir would map the file once per tensor).
+
+    A tensor inside the message becomes one of its own, so that the message, and each of its copies, can go.
+    """
+    if isinstance(tensor, ir.serde.TensorProtoTensor):
+        return _owned(tensor)
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     buffer = buffers[os.fspath(tensor.location)]
@@ -285,6 +290,21 @@ def _mapped(tensor: ir.TensorProtocol, buffers: Mapping[str, memoryview]) -> ir.
     mapped.doc_string = tensor.doc_string
     mapped.metadata_props.update(tensor.metadata_props)
     return mapped
+
+
+_SMALL = 1024
+
+
+def _owned(tensor: ir.serde.TensorProtoTensor) -> ir.TensorProtocol:
+    """Give a tensor that keeps no message alive but, where it must (odd types, typed fields), one of its own."""
+    if tensor.nbytes < _SMALL or not tensor.raw.HasField("raw_data") or tensor.dtype.bitwidth < 8:
+        own = TensorProto()
+        own.CopyFrom(tensor.raw)
+        return ir.serde.TensorProtoTensor(own)
+    made = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
+    made.doc_string = tensor.doc_string
+    made.metadata_props.update(tensor.metadata_props)
+    return made
 
 
 def _from_graphsurgeon(graph: gs.Graph) -> ModelProto:

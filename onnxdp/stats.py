@@ -250,17 +250,16 @@ def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.r
     return rows.swapaxes(0, 1)
 
 
-def bias_shift(weight: Weight, mean: Array, change: Array) -> Array:
-    """Return what the bias must gain when W becomes W - change: mean^T change, (groups * outputs,) float32.
+def mean_output(mean: Array, w: Array) -> Array:
+    """Return mean^T W, (groups * outputs,) float64, for a mean (groups, inputs) and W (groups, inputs, outputs).
 
-    ``change`` is a stack (groups, inputs, outputs), ``mean`` (groups, inputs).
-    method.md 1.3: b' = b + (W - W')^T mu.
+    What this loses when W becomes W' the bias must gain (method.md 1.3): b' = b + (W - W')^T mu.
     """
-    shift = np.zeros((change.shape[0], change.shape[2]))
-    for first in range(0, change.shape[1], _ROWS):  # a large weight is never doubled in float64
+    total = np.zeros((w.shape[0], w.shape[2]))
+    for first in range(0, w.shape[1], _ROWS):  # a large weight is never doubled in float64
         rows = slice(first, first + _ROWS)
-        shift += (mean[:, None, rows].astype(np.float64) @ change[:, rows])[:, 0]
-    return shift.reshape(-1).astype(np.float32)
+        total += (mean[:, None, rows].astype(np.float64) @ w[:, rows])[:, 0]
+    return total.reshape(-1)
 
 
 def macs(weights: Sequence[Weight]) -> int:

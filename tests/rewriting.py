@@ -202,4 +202,4 @@ def centred(rewritten: Rewritten, name: str, mean: Array) -> Array:
     """The shift of the bias behind a weight whose inputs have this mean."""
     weight = rewritten.weights[name]
     change = weights.tensor_of(rewritten.found, name) - rewritten.decoded()[name]
-    return stats.bias_shift(weight, mean, weights.blocks(weight, change))
+    return stats.mean_output(mean, weights.blocks(weight, change))

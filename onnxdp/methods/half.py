@@ -15,6 +15,7 @@ from onnxdp.settings import Settings
 from onnxdp.weights import Reader
 
 _MAX = float(np.finfo(np.float16).max)
+_PIECE = 1 << 20
 
 
 class Float16:
@@ -67,12 +68,11 @@ class _Rounded:
     """The one candidate of a weight; none where a value leaves float16's range."""
 
     def __init__(self, task: Task) -> None:
-        fits = float(np.abs(task.tensor).max(initial=0.0)) <= _MAX
+        low, high = float(task.tensor.min(initial=0.0)), float(task.tensor.max(initial=0.0))
         self._candidates: tuple[tuple[Candidate, ...], ...] = ()
-        if fits:
+        if max(-low, high) <= _MAX:
             weight = task.weight
-            norm = float(np.linalg.norm(task.tensor)) or 1.0
-            error = float(np.linalg.norm(task.tensor - task.tensor.astype(np.float16))) / norm
+            error = _error(task.tensor.reshape(-1))
             self._candidates = ((Candidate(weight.name, "float16", {}, 2 * weight.size, error),),)
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
@@ -86,3 +86,13 @@ class _Rounded:
         error = self._candidates[0][0].error
         half = tasks[0].tensor.astype(np.float16)
         return (Encoded(tasks[0].weight.name, "float16", {}, {"half": half}, error),)
+
+
+def _error(flat: Array) -> float:
+    """Return the relative error of rounding, piece by piece: a large weight is not held once more."""
+    apart = whole = 0.0
+    for first in range(0, len(flat), _PIECE):
+        piece = flat[first : first + _PIECE].astype(np.float64)
+        apart += float(np.square(piece - piece.astype(np.float16)).sum())
+        whole += float(np.square(piece).sum())
+    return float((apart / (whole or 1.0)) ** 0.5)
