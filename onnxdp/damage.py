@@ -146,9 +146,7 @@ class Search:
         assert self.meter is not None
         encoded = self.workshop.encode(self._with_sharers(candidate))
         own = [e for e in encoded if e.weight == candidate.weight]
-        return self.meter.alone(
-            candidate.weight, self.workshop.fed(self.meter.network, own)
-        )
+        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own))
 
     def _with_sharers(self, candidate: Candidate) -> list[Candidate]:
         """Return the candidate and those that share its dictionary."""

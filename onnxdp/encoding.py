@@ -6,11 +6,13 @@ Here the array boundary is crossed: host tensors in, one weight at a time on the
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,8 @@ from onnxdp.stats import Seen
 from onnxdp.weights import Found
 
 Group = tuple[str, ...]
+_LARGE = 8_000_000
+"""Numbers of a weight from which it is not solved beside another such."""
 
 
 class Workshop:
@@ -56,6 +60,7 @@ class Workshop:
         self._device = device
         self._keep_samples = keep_samples or settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
+        self._one_at_a_time = threading.Lock()
         self._means: dict[str, Array] = {}
         self._expected: dict[str, Array] = {}
         self._last: dict[tuple[str, Group], tuple[Any, tuple[Encoded, ...]]] = {}
@@ -145,7 +150,7 @@ class Workshop:
         return fed
 
     def shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
-        """Return what the bias behind each encoded weight gains, (outputs,), where it can take up the mean."""
+        """Return what the bias behind each weight gains, (outputs,), where it can take up the mean."""
         shifts = {e.weight: self._shift(e, self.decode(e)) for e in encoded if e.weight in self._means}
         return {name: shift for name, shift in shifts.items() if shift is not None}
 
@@ -168,7 +173,7 @@ class Workshop:
     def fed(
         self, network: Network, encoded: Sequence[Encoded], shifts: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
-        """Return weights and biases to feed the lifted network; biases shift as their weights need where None."""
+        """Return weights and biases for the lifted network; biases shift as weights need where None."""
         changes: dict[str, Array] = {}
         for e in encoded:
             if e.weight not in network.fed:
@@ -246,7 +251,9 @@ class Workshop:
 
     def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
         form, group = job
-        return form.solve([tasks[n] for n in group], self._settings, device=self._device)
+        large = any(self.weights[n].size > _LARGE for n in group)
+        with self._one_at_a_time if large else nullcontext():  # each needs several times its own memory
+            return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 
     @staticmethod
     def _undominated(options: Sequence[Candidate]) -> tuple[Candidate, ...]:

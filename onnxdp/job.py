@@ -308,7 +308,7 @@ class Job:
         return choice
 
     def _share_left(self) -> float:
-        """Return the share of their float16 bytes that the target leaves the weights, about; a half by default."""
+        """Return about the share of their float16 bytes that the target leaves the weights, or a half."""
         budget = self.settings.budget(self.model.nbytes)
         held = sum(2 * w.size for w in self.found.weights)
         fixed = self.model.nbytes - sum(w.nbytes for w in self.found.weights)

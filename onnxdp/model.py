@@ -296,7 +296,7 @@ _SMALL = 1024
 
 
 def _owned(tensor: ir.serde.TensorProtoTensor) -> ir.TensorProtocol:
-    """Give a tensor that keeps no message alive but, where it must (odd types, typed fields), one of its own."""
+    """Give a tensor that keeps no message alive but one of its own (odd types, typed fields)."""
     if tensor.nbytes < _SMALL or not tensor.raw.HasField("raw_data") or tensor.dtype.bitwidth < 8:
         own = TensorProto()
         own.CopyFrom(tensor.raw)

@@ -42,7 +42,7 @@ class Seen:
 
 
 def rows_wanted(weight: Weight) -> int:
-    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192 (4096 where they are long)."""
+    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192 (long ones to 4096)."""
     return int(np.clip(16 * weight.inputs, 1024, 8192 if weight.inputs <= 640 else 4096))
 
 
@@ -251,7 +251,7 @@ def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.r
 
 
 def mean_output(mean: Array, w: Array) -> Array:
-    """Return mean^T W, (groups * outputs,) float64, for a mean (groups, inputs) and W (groups, inputs, outputs).
+    """Return mean^T W, (groups * outputs,) float64; mean (groups, inputs), W (groups, inputs, outputs).
 
     What this loses when W becomes W' the bias must gain (method.md 1.3): b' = b + (W - W')^T mu.
     """

@@ -316,7 +316,7 @@ def _layouts(tasks: Sequence[Weight], settings: Settings) -> list[tuple[str, int
 
 
 def _flops(weight: Weight, axis: str, parts: int) -> float:
-    """Estimate what factoring a layout takes: the Gram products of the smaller sides, and their eigenvectors."""
+    """Estimate what factoring a layout takes: Gram products of the smaller sides, eigenvectors."""
     m, n = _block_shape(weight, axis, parts)
     side = min(m, n)
     return float(parts * (2 * side * m * n + 10 * side**3))
