@@ -188,8 +188,16 @@ def _dtype_name(elem_type: int) -> str:
         raise ModelError("An input of the model is no tensor; onnxdp feeds tensors only.") from e
 
 
+_ID_KEEPING = frozenset(
+    ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Where", "Add", "Sub", "Mod", "Clip")
+)
+
+
 def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
-    """Rows of the table that integer ids select from: a Gather read directly or through Cast and reshapes."""
+    """Rows of the table that integer ids select from.
+
+    A Gather may read them through operators that keep ids ids: casts, reshapes, the wrapping of negative ones.
+    """
     tables = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) >= 1}
     for node in graph.node:
         value = node.attribute[0].t if node.op_type == "Constant" and node.attribute else None
@@ -197,7 +205,7 @@ def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
             tables[node.output[0]] = value.dims[0]
     names = {name}
     for node in _in_order(graph.node):
-        if node.op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity") and node.input[0] in names:
+        if node.op_type in _ID_KEEPING and names & set(node.input):
             names.add(node.output[0])
         elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in tables:
             return int(tables[node.input[0]])
