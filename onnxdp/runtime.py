@@ -189,14 +189,27 @@ def _dtype_name(elem_type: int) -> str:
 
 
 _ID_KEEPING = frozenset(
-    ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Where", "Add", "Sub", "Mod", "Clip")
+    (
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Identity",
+        "Transpose",
+        "Where",
+        "Add",
+        "Sub",
+        "Mul",
+        "Mod",
+        "Clip",
+    )
 )
 
 
 def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
     """Rows of the table that integer ids select from.
 
-    A Gather may read them through operators that keep ids ids: casts, reshapes, the wrapping of negative ones.
+    A Gather may read them through operators that keep ids ids: casts, reshapes, wrapping of negative ones.
     """
     tables = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) >= 1}
     for node in graph.node:
