@@ -24,6 +24,7 @@ from onnxdp.records import (
     Plan,
     Report,
     Verification,
+    Weight,
 )
 from onnxdp.settings import Progress, Settings, silent
 from onnxdp.weights import Found
@@ -135,7 +136,7 @@ def inspect(
             w.nbytes,
             w.nbytes / model.nbytes,
             _compressible(found, w),
-            None,
+            _unsound(found, w),
         )
         for w in found.weights
     ]
@@ -207,7 +208,15 @@ def _settings_of(made: Plan, **extra: Any) -> Settings:
         raise PlanError(f"The plan's settings are unusable: {e.message}") from e
 
 
-def _compressible(found: Found, weight: Any) -> float | None:
+def _unsound(found: Found, weight: Weight) -> str | None:
+    """Return what compressing would refuse a weight for, None where nothing."""
+    values = weights.tensor_of(found, weight.name)
+    if np.isfinite([float(values.min()), float(values.max())]).all():  # either is NaN where a value is
+        return None
+    return "holds NaN or infinity, with which no model computes"
+
+
+def _compressible(found: Found, weight: Weight) -> float | None:
     """Return the share of the float32 bytes that factors holding 99 % of the plain energy would take."""
     if weight.op not in ("Conv", "Gemm", "MatMul"):
         return None

@@ -154,7 +154,9 @@ class Job:
         candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]
         named = {c.weight for c in candidates}
         kept = [
-            Kept(w.name, self._why_kept(w.name), w.nbytes) for w in self.found.weights if w.name not in named
+            Kept(w.name, self._why_kept(search, w.name), w.nbytes)
+            for w in self.found.weights
+            if w.name not in named
         ]
         settings = {k: v for k, v in to_plain(self.settings).items() if k in ENCODING_SETTINGS} | {
             "refit": refit
@@ -384,10 +386,16 @@ class Job:
             f"gives {search.mildest():.2g}; allow more with --max-error, or give --ratio."
         )
 
-    def _why_kept(self, name: str) -> str:
+    def _why_kept(self, search: Search, name: str) -> str:
+        """Say why a weight stays: what every form says, that none is smaller, or that none was worth it."""
         weight = self.workshop.weights[name]
-        reasons = [f.supports(weight) for f in self.workshop.forms.values()]
-        return next((r for r in reasons if r), None) or "nothing smaller was worth its damage"
+        refusals = [f.supports(weight) for f in self.workshop.forms.values()]
+        if all(refusals):
+            return "; ".join(r for r in refusals if r)
+        (item,) = (i for i in search.items if name in i.names)
+        if len(item.alone[name]) == 1 and not item.together:  # the first is to keep it
+            return "no form of it is smaller"
+        return "nothing smaller was worth its damage"
 
     def _lines(self, made: Plan, encoded: Sequence[Encoded]) -> tuple[Line, ...]:
         arrays_of = {e.weight: e for e in encoded}

@@ -296,12 +296,14 @@ _SMALL = 1024
 
 
 def _owned(tensor: ir.serde.TensorProtoTensor) -> ir.TensorProtocol:
-    """Give a tensor that keeps no message alive but one of its own (odd types, typed fields)."""
-    if tensor.nbytes < _SMALL or not tensor.raw.HasField("raw_data") or tensor.dtype.bitwidth < 8:
+    """Give a tensor that keeps no message alive but one of its own (odd types, typed fields, empty names)."""
+    raw = tensor.raw
+    odd = tensor.dtype.bitwidth < 8 or (raw.HasField("name") and not raw.name)  # an ir.Tensor would lose it
+    if tensor.nbytes < _SMALL or not raw.HasField("raw_data") or odd:
         own = TensorProto()
-        own.CopyFrom(tensor.raw)
+        own.CopyFrom(raw)
         return ir.serde.TensorProtoTensor(own)
-    made = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
+    made = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name or None)
     made.doc_string = tensor.doc_string
     made.metadata_props.update(tensor.metadata_props)
     return made

@@ -12,6 +12,8 @@ from onnx import helper
 from rewriting import draw, model, nodes_of, pair, rewrite, run, session, tensors_of
 
 import onnxdp
+from onnxdp import model as model_file
+from onnxdp import weights
 from onnxdp.passes import ReplaceWeights
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -211,10 +213,18 @@ def test_split_operators_leave_nothing_but_themselves(tmp_path):
 def test_an_empty_plan_changes_no_byte(constants):
     proto = network(17, constants=constants)
     proto.graph.initializer[0].doc_string = "kept"
+    copied = model_file.read(proto)
+    replaced = ReplaceWeights(weights.find(copied.ir), (), {}, {}, "nothing")
+    assert not replaced(copied.ir).modified
+    assert plainly(model_file.serialize(copied)) == plainly(proto)
+
+
+def test_an_empty_plan_is_not_carried_out_as_a_copy():
+    proto = network(17)
     plan = onnxdp.plan(proto, ratio=3)
     empty = onnxdp.Plan(plan.model_sha256, plan.target, plan.budget, plan.settings, (), ())
-    made = onnxdp.apply(proto, empty).model
-    assert plainly(made) == plainly(proto)
+    with pytest.raises(onnxdp.TargetError, match="changes no weight"):
+        onnxdp.apply(proto, empty)
 
 
 def test_constants_that_no_plan_names_are_left_as_they_are():
@@ -345,6 +355,24 @@ def test_5_7_9_the_whole_path(name):
         t.name for t in result.model.graph.initializer
     }
     onnx.checker.check_model(result.model, full_check=True)
+
+
+def test_a_weight_is_kept_for_the_reason_that_holds():
+    rng = np.random.default_rng(8)
+    halves = {n: low_rank(rng, 64, 64).astype("float16") for n in ("Table", "V", "W")}
+    thin = np.full((1, 1024), 1e6, np.float32)  # no pair is smaller, and float16 ends at 65504
+    proto = model(
+        "e = Gather(Table, ids) a = MatMul(e, V) r = Relu(a) b = MatMul(r, W) c = Cast<to = 1>(b)"
+        " m = ReduceMax<axes = [1], keepdims = 1>(c) y = MatMul(m, Thin)",
+        "int64[N] ids", "float[N,1024] y", {**halves, "Thin": thin}, opset=17,
+    )  # fmt: skip
+    made = onnxdp.plan(proto, ratio=1.1)
+    reasons = {k.weight: k.reason for k in made.kept}
+    assert [c.method for c in made.choices] == ["dp"]
+    refused = "dictionary pairs rebuild Conv, Gemm and MatMul weights, not those of Gather"
+    assert reasons.pop("Table") == f"{refused}; is stored as float16 already"
+    assert reasons.pop("Thin") == "no form of it is smaller"
+    assert [*reasons.values()] == ["nothing smaller was worth its damage"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from onnxdp.answers import diversity, pick
 from onnxdp.errors import UsageError
 from onnxdp.pictures import leaves
-from onnxdp.probes import InputSpec, Probes, load, make, pick
+from onnxdp.probes import InputSpec, Probes, load, make
 from onnxdp.records import Array
 
 SHARED = Path(os.environ.get("ONNXDP_SHARED", Path(__file__).parents[2] / "shared"))
@@ -66,6 +67,12 @@ ZOO = [
 def whole(probes: Probes, name: str) -> Array:
     axis = probes.axes[name]
     return np.concatenate([f[name] for f in probes.feeds], 0 if axis is None else axis)
+
+
+def five(x: Array) -> Array:
+    """Five numbers of each sample, far apart."""
+    flat = x.reshape(len(x), -1)
+    return flat[:, :: flat.shape[1] // 5][:, :5].astype(np.float64)
 
 
 def same(a: Probes, b: Probes) -> bool:
@@ -129,7 +136,7 @@ def test_a_larger_set_and_a_larger_pool_extend_a_smaller(spec: InputSpec) -> Non
 
     def answers(feed: Mapping[str, Array]) -> Array:
         seen.append(feed[spec.name])
-        return feed[spec.name].reshape(len(feed[spec.name]), -1)[:, :5]
+        return 10 * five(feed[spec.name])  # answers that differ well, or louder pictures would be tried
 
     make([spec], samples=4, seed=1, batch=4, pool=8, answers=answers)
     small, seen = np.concatenate(seen), []
@@ -197,6 +204,46 @@ def test_picks_are_balanced_and_most_confident(scores: Array, samples: int) -> N
         mine, rest = chosen[label[chosen] == c], np.setdiff1d(np.flatnonzero(label == c), chosen)
         if len(mine) and len(rest):
             assert confidence[mine].min() >= confidence[rest].max() - 1e-12
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.tuples(st.integers(1, 30), st.integers(1, 12)).flatmap(
+        lambda s: arrays(np.float64, s, elements=st.floats(-50, 50, allow_subnormal=False))
+    )
+)
+def test_diversity_lies_between_one_and_the_number_of_classes(scores: Array) -> None:
+    # The 1e-12 inside the logarithms adds as much to their mean at most, rounding some 30 eps more.
+    found, slack = diversity(scores), 1 + 2e-12
+    assert 1 / slack <= found <= scores.shape[1] * slack
+    assert diversity(np.repeat(scores[:1], 7, axis=0)) == pytest.approx(1, rel=2e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10])
+def test_diversity_counts_the_classes_that_sure_answers_tell_apart(classes: int) -> None:
+    answers = np.tile(np.eye(10)[:classes], (3, 1))
+    assert diversity(answers) == pytest.approx(classes, rel=1e-10)  # 1e-12 beside probabilities of 1/10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gain", "slope"),
+    [
+        ("float32", 1, 3.0),  # taught on standardised pictures
+        ("float16", 1, 3.0),
+        ("float32", 64, 3.0 / 64),  # taught on 0..255: standardised ones are all alike to it
+        ("float16", 64, 3.0 / 64),
+        ("float32", 1, 0.0),  # moved by nothing
+        ("uint8", 1, 3.0 / 64 / 64),  # bytes are as loud as they can be
+    ],
+)
+def test_pictures_are_as_loud_as_the_network_wants(dtype: str, gain: int, slope: float) -> None:
+    spec = InputSpec("x", dtype, ("n", 3, 32, 32))
+    plain = whole(make([spec], samples=24, seed=0), "x")
+    probes = make([spec], samples=24, seed=0, pool=24, answers=lambda feed: slope * five(feed["x"]))
+    found = whole(probes, "x")
+    assert found.dtype == plain.dtype
+    # All 24 are picked, in another order; a power of two scales without rounding.
+    assert np.array_equal(np.unique(found, axis=0), np.unique(plain * plain.dtype.type(gain), axis=0))
 
 
 def test_the_networks_answers_choose_the_probes() -> None:
