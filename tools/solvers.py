@@ -24,7 +24,7 @@ from common import classifiers, commit, into, markdown, say
 from onnxdp import arrays, model, probes, runtime, stats, weights
 from onnxdp.errors import SetupError
 from onnxdp.methods import dictionary, solvers
-from onnxdp.network import Network
+from onnxdp.network import Network, Stream
 from onnxdp.records import Array, Weight
 
 NAMES = ("exact", "dpl", "randomized")
@@ -90,9 +90,10 @@ def layers_of(path: Path, samples: int) -> Iterable[tuple[Weight, Array, Array |
     made = probes.make(
         runtime.input_specs(network.specification), samples=samples, seed=0, answers=network.answers()
     )
+    stream = Stream(network, made)
     for chunk in stats.chunks([[w] for w in wanted], made.samples):
         members = [w for item in chunk for w in item]
-        seen = stats.gather(network, found, members, made, seed=0)
+        seen = stats.gather(stream, found, members, network, seed=0)
         for w in members:
             stack = weights.blocks(w, weights.tensor_of(found, w.name)).astype(np.float32)
             yield w, stack, seen[w.name].samples if w.name in seen else None
