@@ -140,15 +140,6 @@ class Workshop:
         with arrays.one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             return [e for some in pool.map(lambda job: self._encode(*job), jobs.items()) for e in some]
 
-    def changes(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
-        """Return what to feed the lifted network so that it computes with the encoded weights."""
-        fed: dict[str, Array] = {}
-        for e in encoded:
-            weight = self.weights[e.weight]
-            decoded = self.forms[e.method].decode(weight, e)
-            fed[e.weight] = decoded.astype(np.dtype(weight.dtype))
-        return fed
-
     def shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
         """Return what the bias behind each weight gains, (outputs,), where it can take up the mean."""
         shifts = {e.weight: self._shift(e, self.decode(e)) for e in encoded if e.weight in self._means}

@@ -129,16 +129,22 @@ class Job:
             started,
         )
 
+    @property
+    def costly(self) -> bool:
+        """Whether one run of the network takes so long that fewer measurements have to do."""
+        return stats.macs(self.found.weights) > preparation.COSTLY
+
     def plan(self) -> Plan:
         """Choose."""
         limit = self.settings.error_target
-        costly = stats.macs(self.found.weights) > preparation.COSTLY
         with _clock(self.seconds, "choosing"):
-            held_out = self.held_out.split(0.5)[0] if costly and self.held_out.samples >= 8 else self.held_out
+            held_out = (
+                self.held_out.split(0.5)[0] if self.costly and self.held_out.samples >= 8 else self.held_out
+            )
             meter = Meter(self.network, held_out)
             meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
             search = Search.of(self.workshop, meter, self._overhead(), self.progress)
-            if costly:
+            if self.costly:
                 search.shares = (self._share_left(),)
             reached = self._gain_possible(search)
             budget = self.settings.budget(self.model.nbytes)
@@ -259,8 +265,7 @@ class Job:
         if self.settings.refit is False or (self.settings.refit is None and self.settings.unweighted):
             return False
         before, error = search.measured(*self._encoded)
-        costly = stats.macs(self.found.weights) > preparation.COSTLY
-        if self.settings.refit is None and (error < REFIT_FROM or costly or search.meter is None):
+        if self.settings.refit is None and (error < REFIT_FROM or self.costly or search.meter is None):
             return False
         refitted = self._encode(candidates, refit=True)
         after, _ = search.measured(*refitted)

@@ -70,10 +70,9 @@ def refine(
         x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
         new, shift = _refit(workshop, weight, choice, x, seen)
         encoded[choice.weight] = new
-        changes[choice.weight] = workshop.changes([new])[choice.weight]
         if weights.can_centre(workshop.found, weight):
             shifts[choice.weight] = shift
-            changes.update(workshop.shifted_bias(network, choice.weight, shift))
+        changes.update(workshop.fed(network, [new], shifts))
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
 
 
