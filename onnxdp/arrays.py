@@ -7,9 +7,10 @@ array API standard (https://data-apis.org/array-api), with the namespace taken f
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -19,6 +20,9 @@ from onnxdp.errors import SetupError
 
 Array: TypeAlias = Any
 """An array of any namespace of the standard; no static type spans NumPy, CuPy and array_api_strict."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -107,6 +111,37 @@ def try_cholesky(matrix: Array) -> Array | None:
     except np.linalg.LinAlgError:
         return None
     return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+def gram(x: Array) -> Array:
+    """Return X^T X, (stack, m, m), of X (stack, s, m); large ones in three pieces, two of them symmetric."""
+    xp = namespace(x)
+    half = x.shape[-1] // 2
+    if half < 512 or not isinstance(x, np.ndarray):
+        return xp.matrix_transpose(x) @ x
+    whole = np.empty((len(x), x.shape[-1], x.shape[-1]), x.dtype)
+
+    def fill(aside: bool) -> None:
+        for one, into in zip(x, whole, strict=True):
+            a, b = one[:, :half], one[:, half:]
+            if aside:
+                into[:half, half:] = a.T @ b
+                into[half:, :half] = into[:half, half:].T
+            else:
+                into[:half, :half] = a.T @ a
+                into[half:, half:] = b.T @ b
+
+    list(side_by_side(fill, (False, True)))
+    return whole
+
+
+def side_by_side(work: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
+    """Do the parts of some work in threads of their own; results in order."""
+    if len(parts) == 1:
+        yield work(parts[0])
+        return
+    with ThreadPoolExecutor(len(parts)) as pool:
+        yield from pool.map(work, parts)
 
 
 @contextmanager

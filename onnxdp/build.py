@@ -1,12 +1,18 @@
-"""The pencil that forms draw with: names derived from the weight's, what several weights share drawn once."""
+"""The pencil that forms draw with: what several weights share is drawn once, and decoding costs few bytes.
+
+What a form stores is named after its weight. What only decodes (it reads constants, so ONNX Runtime computes
+it once, when the session is made) is named as briefly as can be: names are a tenth of a small model's bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx import helper, numpy_helper
 
 from onnxdp.records import Array
 
@@ -16,6 +22,19 @@ DTYPES = {
     "float64": ir.DataType.DOUBLE,
     "bfloat16": ir.DataType.BFLOAT16,
 }
+
+TERSE = "dp"
+"""Starts the names of what only decodes; a number follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Vector:
+    """Numbers that wait for the pool: the value that readers got already, and where they came from."""
+
+    value: ir.Value
+    weight: str
+    role: str
+    half: Array
 
 
 class Paper:
@@ -33,7 +52,10 @@ class Paper:
         self.drawn: dict[tuple[int, str], ir.Value] = {}
         self.decoded: set[ir.Value] = set()
         self.decoding: dict[ir.Graph, list[ir.Node]] = {}
+        self.pools: dict[tuple[int, tuple[int, ...]], list[_Vector]] = {}
+        self.waiting: dict[str, tuple[Callable[[Builder, list[Any]], None], list[Any]]] = {}
         self._taken: set[str] = set()
+        self._terse = 0
         for graph in (model.graph, *model.graph.subgraphs()):
             self._taken.update(v.name or "" for v in (*graph.inputs, *graph.initializers.values()))
             for node in graph:
@@ -49,8 +71,26 @@ class Paper:
         self._taken.add(name)
         return name
 
+    def terse(self) -> str:
+        """Return a name as short as can be."""
+        while True:
+            self._terse += 1
+            if (name := f"{TERSE}{self._terse}") not in self._taken:
+                return self.fresh(name)
+
     def finish(self) -> None:
         """Put what reads new constants only at the start of its graph, where every reader comes after it."""
+        before, self.decoding = self.decoding, {}
+        for draw, items in self.waiting.values():
+            draw(Builder(self.graph, TERSE, self), items)
+        for graph, nodes in before.items():
+            self.decoding.setdefault(graph, []).extend(nodes)
+        poured: list[ir.Node] = []
+        for (axis, _), vectors in self.pools.items():
+            read = [v for v in vectors if v.value.uses() or v.value.is_graph_output()]
+            poured += _pour(self, axis, read) if read else []
+        if poured:
+            self.decoding[self.graph] = poured + self.decoding.get(self.graph, [])
         for graph, nodes in self.decoding.items():
             graph.insert_before(graph[0], nodes)
 
@@ -83,6 +123,11 @@ class Builder:
         """Version of the default operator set that the model imports."""
         return self._paper.opset
 
+    @property
+    def outer(self) -> Builder:
+        """Builder on the outermost graph, which every other graph can read."""
+        return Builder(self._paper.graph, self.weight, self._paper)
+
     def constant(self, role: str, array: Array, shared: str | None = None) -> ir.Value:
         """Register an initializer ``<weight>.<role>``, or return the one already shared under ``shared``.
 
@@ -93,12 +138,54 @@ class Builder:
         outer, name = self._paper.graph, f"{shared}.{role}"
         return self._once(outer, f"initializer {name}", lambda: self._registered(outer, name, array))
 
+    def vector(
+        self, role: str, array: Array, shape: Sequence[int], *, additive: bool | None = False
+    ) -> ir.Value:
+        """Return a small float32 constant of ``shape`` (scales, a bias), as :func:`half_of` rounds it.
+
+        All vectors of a model that lie along the same axis are stored in one float16 initializer, poured out
+        by :meth:`Paper.finish`; where float16 does not hold the numbers they are a constant as any other.
+        Until then the value carries its numbers as an initializer does.
+        """
+        half = half_of(array, additive=additive)
+        if half is None or not shape or not array.size:
+            return self.constant(role, array.reshape(shape))
+        half = half.reshape(shape)
+        axis = next((i for i, n in enumerate(half.shape) if n > 1), 0)
+        name = self._paper.terse()
+        tensor = ir.tensor(half.astype(np.float32), name=name)
+        value = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(half.shape)
+        )
+        self._paper.decoded.add(value)
+        place = axis, (*half.shape[:axis], -1, *half.shape[axis + 1 :])
+        self._paper.pools.setdefault(place, []).append(_Vector(value, self.weight, role, half))
+        return value
+
+    def later(self, key: str, item: Any, draw: Callable[[Builder, list[Any]], None]) -> None:
+        """Let ``draw`` have all items of one key, and a builder on the outermost graph, at the very end.
+
+        What it draws comes before everything else that only decodes.
+        """
+        self._paper.waiting.setdefault(key, (draw, []))[1].append(item)
+
+    def named(self, weight: str) -> Builder:
+        """Builder on the same graph for another weight."""
+        return Builder(self.graph, weight, self._paper)
+
+    def terse(self) -> str:
+        """Return a new name as short as can be."""
+        return self._paper.terse()
+
     def ints(self, numbers: Sequence[int]) -> ir.Value:
         """Return an int64 vector (a shape), stored once for all weights."""
-        outer, vector = self._paper.graph, np.array(numbers, np.int64)
-        return self._once(
-            outer, f"shape {list(numbers)}", lambda: self._registered(outer, f"{self.weight}.shape", vector)
-        )
+        return self.integers(np.array(numbers, np.int64))
+
+    def integers(self, array: Array) -> ir.Value:
+        """Return integers of 32 or 64 bits that decoding needs, stored once for all weights."""
+        outer, paper = self._paper.graph, self._paper
+        key = f"integers {array.dtype} {array.shape} {array.tolist()}"
+        return self._once(outer, key, lambda: self._kept(outer, briefly(array, paper.terse())))
 
     def zero(self, dtype: str) -> ir.Value:
         """Return one zero (the bias that Gemm must have before opset 11), stored once for all weights."""
@@ -111,18 +198,40 @@ class Builder:
         """Return what ``draw`` adds to this graph, or what was drawn there before under the same key."""
         return self._once(self.graph, key, draw)
 
-    def node(self, op: str, inputs: Sequence[ir.Value | None], role: str, **attributes: Any) -> ir.Value:
-        """Add a node of the default domain; returns its one output, both named ``<weight>.<role>``."""
-        name = self._paper.fresh(f"{self.weight}.{role}")
-        node = ir.node(op, inputs=list(inputs), attributes=attributes, name=name)
-        output = node.outputs[0]
-        output.name = name
-        if all(v is None or v in self._paper.decoded for v in inputs):
-            self._paper.decoded.add(output)
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        role: str,
+        into: ir.Value | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node of the default domain and return its one output, ``into`` where that is given.
+
+        Both are named ``<weight>.<role>``; a node that only decodes has no name, and its output a terse one.
+        """
+        decodes = all(v is None or v in self._paper.decoded for v in inputs)
+        if into is None:
+            name = self._paper.terse() if decodes else self._paper.fresh(f"{self.weight}.{role}")
+            into = ir.Value(name=name)
+        name = "" if decodes else into.name or ""
+        self._added(ir.node(op, list(inputs), attributes, outputs=[into], name=name), decodes=decodes)
+        return into
+
+    def split(
+        self, value: ir.Value, sizes: Sequence[int], into: Sequence[ir.Value] | None = None, axis: int = 0
+    ) -> Sequence[ir.Value]:
+        """Cut what only decodes along an axis; returns the pieces, ``into`` where that is given."""
+        pieces = into or [ir.Value(name=self._paper.terse()) for _ in sizes]
+        self._added(_split(self, value, sizes, pieces, axis), decodes=True)
+        return pieces
+
+    def _added(self, node: ir.Node, *, decodes: bool) -> None:
+        if decodes:
+            self._paper.decoded.update(node.outputs)
             self._paper.decoding.setdefault(self.graph, []).append(node)
         else:
             self.nodes.append(node)
-        return output
 
     def cast(self, value: ir.Value, dtype: str, role: str) -> ir.Value:
         """Cast to ``dtype``; nothing is added where the value is an initializer of that type already."""
@@ -137,9 +246,14 @@ class Builder:
 
     def _registered(self, graph: ir.Graph, wanted: str, array: Array) -> ir.Value:
         name = self._paper.fresh(wanted)
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        return self._kept(graph, ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
+
+    def _kept(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
-            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+            name=tensor.name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
         )
         graph.register_initializer(value)
         self._paper.decoded.add(value)
@@ -150,3 +264,103 @@ class Builder:
         if place not in self._paper.drawn:
             self._paper.drawn[place] = draw()
         return self._paper.drawn[place]
+
+
+def half_of(array: Array, *, additive: bool | None = False) -> Array | None:
+    """Round float32 numbers to float16; None where one of them would change by more than 2^-10 of itself.
+
+    Parameters
+    ----------
+    array : ndarray
+        None is the answer for any type but float32, too.
+    additive : bool or None
+        Compare the change with the largest number instead, because what is added to an output counts beside
+        its neighbours; None asks only that no number overflows.
+
+    Returns
+    -------
+    ndarray of the same shape, float16, or None
+        What :meth:`Builder.vector` stores; where it is None, ``array`` is stored as it is.
+    """
+    if array.dtype != np.float32 or not np.isfinite(array).all():
+        return None
+    with np.errstate(over="ignore", under="ignore"):
+        half = array.astype(np.float16)
+    wide = array.astype(np.float64)
+    if additive is None or not array.size:
+        return half if np.isfinite(half).all() else None
+    size = np.abs(wide).max() if additive else np.abs(wide)
+    return half if np.all(np.abs(half - wide) <= 2.0**-10 * size) else None
+
+
+def nbytes(opset: int, draw: Callable[[Builder], object]) -> int:
+    """Count the bytes that a drawing adds to a model file, by drawing it on a blank one."""
+    return _blank_with(opset, draw) - _blank_with(opset, lambda build: None)
+
+
+def _blank_with(opset: int, draw: Callable[[Builder], object]) -> int:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[ir.node("Identity", [x], name="")], opset_imports={"": opset}, name="g")
+    model = ir.Model(graph, ir_version=3)
+    paper = Paper(model)
+    draw(Builder(graph, "w", paper))
+    paper.finish()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # onnx-ir adds it, and the file does not get it
+    return int(proto.ByteSize())
+
+
+def _pour(paper: Paper, axis: int, vectors: Sequence[_Vector]) -> list[ir.Node]:
+    """Store vectors, together or each on its own, whichever is smaller; returns the nodes of the former."""
+
+    def apart(build: Builder) -> None:
+        for v in vectors:
+            Builder(build.graph, v.weight, build._paper).constant(v.role, v.half.astype(np.float32))
+
+    def together(build: Builder) -> None:
+        likes = [ir.Value(name=v.value.name) for v in vectors]
+        build.graph.extend(_pooled(build, axis, vectors, likes))
+
+    longer = sum(  # every reader names the vector
+        len(v.value.uses()) * (len(f"{v.weight}.{v.role}") - len(v.value.name or "")) for v in vectors
+    )
+    if nbytes(paper.opset, together) < nbytes(paper.opset, apart) + longer:
+        for v in vectors:
+            v.value.const_value = None
+        return _pooled(Builder(paper.graph, "", paper), axis, vectors, [v.value for v in vectors])
+    for v in vectors:
+        v.value.name = paper.fresh(f"{v.weight}.{v.role}")
+        paper.graph.register_initializer(v.value)
+    return []
+
+
+def _pooled(build: Builder, axis: int, vectors: Sequence[_Vector], outputs: list[ir.Value]) -> list[ir.Node]:
+    """Cast one initializer, and split it into ``outputs``."""
+    joined = np.concatenate([v.half for v in vectors], axis)
+    held = build._registered(build.graph, f"{TERSE}.vectors", joined)
+    to = {"to": int(DTYPES["float32"])}
+    if len(vectors) == 1:
+        return [ir.node("Cast", [held], to, outputs=outputs, name="")]
+    wide = ir.node("Cast", [held], to, name="")
+    wide.outputs[0].name = build._paper.terse()
+    sizes = [v.half.shape[axis] for v in vectors]
+    return [wide, _split(build, wide.outputs[0], sizes, outputs, axis)]
+
+
+def _split(
+    build: Builder, value: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value], axis: int
+) -> ir.Node:
+    attributes: dict[str, Any] = {"axis": axis} if axis else {}
+    inputs = [value]
+    if build.opset < 13:
+        attributes["split"] = list(sizes)
+    else:
+        inputs.append(build.ints(sizes))
+    return ir.node("Split", inputs, attributes, outputs=list(outputs), name="")
+
+
+def briefly(array: Array, name: str) -> ir.TensorProtocol:
+    """Give integers as varints where these are fewer bytes than the raw numbers."""
+    raw = numpy_helper.from_array(array, name)
+    brief = helper.make_tensor(name, raw.data_type, array.shape, array.reshape(-1).tolist())
+    return ir.serde.TensorProtoTensor(min(brief, raw, key=lambda t: t.ByteSize()))

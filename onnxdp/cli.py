@@ -25,7 +25,16 @@ import click
 
 from onnxdp import files, show
 from onnxdp.errors import OnnxdpError, PlanError, UsageError
-from onnxdp.settings import DEFAULT_MAX_ERROR, DEVICES, FACTOR_DTYPES, SOLVERS, Progress, Settings, help_of
+from onnxdp.settings import (
+    CHANNEL_ORDERS,
+    DEFAULT_MAX_ERROR,
+    DEVICES,
+    FACTOR_DTYPES,
+    SOLVERS,
+    Progress,
+    Settings,
+    help_of,
+)
 
 if TYPE_CHECKING:
     from onnxdp.records import Plan, Report
@@ -44,6 +53,11 @@ _METAVARS = {
     "include": "PATTERN",
     "exclude": "PATTERN",
     "inputs": "FILE.npz",
+    "calibrate": "PATH",
+    "mean": "R,G,B",
+    "std": "R,G,B",
+    "channel_order": "|".join(CHANNEL_ORDERS),
+    "input_range": "0..1",
     "device": "|".join(DEVICES),
 }
 
@@ -184,6 +198,8 @@ def _writing(command: Command) -> Command:
     return command
 
 
+_OPPOSITES = {"--short-names": "--keep-names"}
+
 _overwriting = click.option("--overwrite", is_flag=True, help="Replace files that exist; OUT may then be IN.")
 
 
@@ -206,7 +222,7 @@ def _option(setting: dataclasses.Field[Any]) -> Callable[[Command], Command]:
     if kind == "bool":
         return click.option(flag, is_flag=True, **about)
     if kind == "bool | None":
-        return click.option(f"{flag}/--no-{flag[2:]}", is_flag=True, **about)
+        return click.option(f"{flag}/{_OPPOSITES.get(flag, '--no-' + flag[2:])}", is_flag=True, **about)
     if kind.startswith("tuple"):
         about["multiple"] = True
     types: dict[str, Any] = {"float": float, "int": int, "str": str, "tuple[str, ...]": str, "Path": _FILE}

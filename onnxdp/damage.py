@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from onnxdp import planner
@@ -30,10 +30,14 @@ APART = 1.5
 """Damage as a whole over the sum of its parts, beyond which the choice is repaired."""
 SLIGHT = 0.01
 """Damage that is not worth a repair."""
+_ENCODINGS = {False: 4, True: 2}
+"""Times that a choice is encoded on the way to an error, and where the network is costly."""
 LIMIT = 3.0
 """Most by which one repair may change what a weight counts."""
 SMALL = 0.05
-"""Share of the bytes whose holders, the smallest weights, stay float16 unless the target needs them."""
+"""Share of the numbers whose holders, the smallest weights, stay float16 unless the target needs them ..."""
+SLACK = 0.02
+"""... and the share of the file's budget that they may take so."""
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +53,12 @@ class Search:
     meter: Meter | None
     items: list[Item]
     overhead: Mapping[str, int]
-    curves: dict[str, Curve]
     progress: Progress
-    shares: tuple[float, ...] = (0.75, 0.5, 0.3)
+    budget: int | None = None
+    """Bytes that the whole file may have."""
+    costly: bool = False
+    """Whether one point of every curve has to do."""
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -60,8 +67,11 @@ class Search:
         cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress
     ) -> Search:
         """Start with no measurement."""
-        curves = {w.name: Curve() for w in workshop.found.weights}
-        return cls(workshop, meter, workshop.items(), overhead, curves, progress)
+        return cls(workshop, meter, workshop.items(), overhead, progress)
+
+    def curve(self, candidate: Candidate) -> Curve:
+        """Return what is known of the damage of a candidate's kind."""
+        return self.curves.setdefault((candidate.weight, candidate.method), Curve())
 
     def within(self, budget: int) -> Choice:
         """Return the choice of least damage within ``budget`` bytes of weights and what decodes them.
@@ -90,22 +100,24 @@ class Search:
         if self.meter is None:
             return
         sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
-        worth = _largest(sizes, 1 - SMALL)
+        held = sum(sizes.values())
+        worth = _largest(sizes, 1 - min(SMALL, SLACK * (self.budget or held) / (2 * max(held, 1))))
         for done, name in enumerate(worth):
             self.progress("measuring damage", done, len(worth), name)
-            self._scan_one(name, sizes[name])
+            self._scan_one(name)
         for item in self.items:
             for name in set(item.names) & (set(sizes) - set(worth)):
                 self._spare[name] = item.alone[name]
                 item.alone[name] = tuple(c for c in item.alone[name] if c.error**2 <= FREE)
 
-    def _scan_one(self, name: str, size: int) -> None:
-        own = next(item.alone[name] for item in self.items if name in item.names)
-        inexact = [c for c in own if c.error**2 > FREE]
-        for share in self.shares if inexact else ():
-            c = min(inexact, key=lambda c: abs(c.nbytes - share * 2 * size))
-            if not self.curves[name].known(c.error**2):
-                self.curves[name].add(c.error**2, self._alone(c))
+    def _scan_one(self, name: str) -> None:
+        for c in self.workshop.points(name, middle=self.costly):
+            if c.error**2 > FREE and not self._known(c):
+                self.curve(c).add(c.error**2, self._alone(c))
+
+    def _known(self, candidate: Candidate) -> bool:
+        near = self.workshop.forms[candidate.method].near
+        return self.curve(candidate).known(candidate.error**2, near)
 
     def _give_spare(self) -> bool:
         """Put the small weights' other candidates back; returns whether there were any."""
@@ -114,7 +126,7 @@ class Search:
         for item in self.items:
             for name in set(item.names) & set(self._spare):
                 item.alone[name] = self._spare.pop(name)
-                self._scan_one(name, self.workshop.weights[name].size)
+                self._scan_one(name)
         return given
 
     def _choose(self, budget: int) -> Choice:
@@ -135,11 +147,11 @@ class Search:
             if c.method != planner.KEEP
             and c.error**2 > FREE
             and c.weight in self.meter.network.fed
-            and not self.curves[c.weight].known(c.error**2)
+            and not self._known(c)
         ]
         for done, c in enumerate(new):
             self.progress(f"measuring damage, round {number + 1}", done, len(new), c.weight)
-            self.curves[c.weight].add(c.error**2, self._alone(c))
+            self.curve(c).add(c.error**2, self._alone(c))
         return len(new)
 
     def _alone(self, candidate: Candidate) -> float:
@@ -211,7 +223,7 @@ class Search:
             }
             within = damage - self.together(Choice(rest, 0, 0.0))[0]
             foreseen = planner.foreseen(c, self.curves)
-            self.curves[c.weight].scale *= min(max(within / max(foreseen, 1e-300), 1 / LIMIT), LIMIT)
+            self.curve(c).scale *= min(max(within / max(foreseen, 1e-300), 1 / LIMIT), LIMIT)
         other = self._choose(budget)
         again, _ = self.together(other)
         log.info("repaired: damage %.4g", again)
@@ -276,6 +288,58 @@ def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
             high = middle
     if best is None:
         raise TargetError("out of reach")
+    return best
+
+
+def within_error_encoded(
+    search: Search, limit: float, encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]]
+) -> tuple[Choice, tuple[list[Encoded], dict[str, Array]]]:
+    """Return the smallest choice found whose outputs, once encoded layer by layer, stay within ``limit``.
+
+    What layers make up for one another is not foreseen: a choice is encoded, its error measured, and the
+    damage allowed to the next is corrected by the ratio.
+
+    Parameters
+    ----------
+    search : Search
+    limit : float
+        Relative output error (amplitude).
+    encode : callable
+        Gives the arrays of a choice, and what biases gain.
+
+    Raises
+    ------
+    TargetError
+        No choice that was tried stays within the limit.
+    """
+    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] | None = None
+    allowed = limit**2
+    for _ in range(_ENCODINGS[search.costly]):
+        choice = _within_damage(search, allowed)
+        encoded = encode(choice)
+        error = search.measured(*encoded)[1]
+        log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
+        if error <= limit and (best is None or choice.nbytes < best[0].nbytes):
+            best = choice, encoded
+        if 0.85 * limit <= error <= limit:
+            break
+        allowed *= (0.93 * limit / max(error, 1e-3 * limit)) ** 2
+    if best is None:
+        raise TargetError("out of reach")
+    return best
+
+
+def _within_damage(search: Search, allowed: float) -> Choice:
+    """Return the smallest choice whose foreseen damage is allowed."""
+    low, high = -60.0, 0.0  # log of damage per byte
+    best = _settled(search, low, 0)
+    for number in range(12):
+        middle = (low + high) / 2
+        choice = _settled(search, middle, number)
+        if choice.damage <= allowed:
+            best, low = choice, middle
+        else:
+            high = middle
     return best
 
 

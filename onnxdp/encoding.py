@@ -42,6 +42,8 @@ class Workshop:
         In order of preference; several may offer candidates for one weight.
     settings : Settings
     device : {"cpu", "cuda"}
+    bits : float
+        What the target leaves each number, on average.
     """
 
     def __init__(
@@ -51,14 +53,16 @@ class Workshop:
         settings: Settings,
         *,
         device: str,
-        keep_samples: bool = False,
+        bits: float = 16.0,
     ) -> None:
         self.found = found
         self.forms = {f.name: f for f in forms}
         self.weights = {w.name: w for w in found.weights}
         self._settings = settings
         self._device = device
-        self._keep_samples = keep_samples or settings.solver == "dpl"
+        self._bits = bits
+        self._source: tuple[Network, Probes] | None = None
+        self._keep_samples = settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
         self._one_at_a_time = threading.Lock()
         self._means: dict[str, Array] = {}
@@ -78,7 +82,8 @@ class Workshop:
         items = [[self.weights[n] for n in group] for group in self._items()]
         total = len(self.weights)
         done = 0
-        stream = Stream(network, probes) if network is not None and probes is not None else None
+        self._source = (network, probes) if network is not None and probes is not None else None
+        stream = Stream(*self._source) if self._source else None
         if network is not None:
             items.sort(key=lambda item: stats.first_place(network, self.found, item[0]))
         for chunk in stats.chunks(items, probes.samples if probes else 1):
@@ -124,6 +129,23 @@ class Workshop:
                 alone = {n: tuple(c for c in own if c.method != self._first) for n, own in alone.items()}
             result.append(Item(group, alone, tuple(together)))
         return result
+
+    def points(self, name: str, *, middle: bool = False) -> list[Candidate]:
+        """Return candidates of one weight by itself, spread over those the target may need (or their middle)."""
+        found = []
+        for form in self.forms.values():
+            solved = self._solved.get((form.name, (name,)))
+            own = [c for (c,) in solved.points()] if solved else []
+            found += own[len(own) // 2 : len(own) // 2 + 1] if middle else own
+        return found
+
+    def outline(self, candidates: Iterable[Candidate]) -> list[Encoded]:
+        """Return arrays of the right types and shapes for the candidates: enough to count bytes."""
+        return [
+            self.forms[c.method].outline(self.weights[c.weight], c.params)
+            for c in candidates
+            if c.method != planner.KEEP
+        ]
 
     def encode(self, candidates: Iterable[Candidate]) -> list[Encoded]:
         """Return the arrays of the candidates that change something; those that share are encoded together.
@@ -191,13 +213,21 @@ class Workshop:
         """Return the stored tensor's replacement, float32."""
         return self.forms[encoded.method].decode(self.weights[encoded.weight], encoded)
 
-    def encode_one(self, candidate: Candidate, tensor: Array, samples: Array) -> Encoded:
+    def encode_one(
+        self, candidate: Candidate, tensor: Array, samples: Array, lack: Array | None = None
+    ) -> Encoded:
         """Encode another tensor in the form of a candidate that shares nothing, on other samples."""
         weight = self.weights[candidate.weight]
         form = self.forms[candidate.method]
-        task = Task(weight, tensor, None if self._settings.unweighted else samples, False)
+        seen = None if self._settings.unweighted else samples
+        task = Task(weight, tensor, seen, False, self._bits, lack)
         with arrays.one_blas_thread():
             return form.encode(task, candidate.params, self._settings, device=self._device)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether some form wants its weights encoded in the compressed network."""
+        return any(f.sequential for f in self.forms.values())
 
     @property
     def sharing_is_asked(self) -> bool:
@@ -238,7 +268,20 @@ class Workshop:
         inside = readers[0].node.graph is self.found.values[weight.name].graph
         splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
-        return Task(weight, tensor, samples, splittable)
+        return Task(weight, tensor, samples, splittable, self._bits)
+
+    def _task_kept(self, name: str) -> Task:
+        """Return the task with the samples that were kept, if any."""
+        return replace(self._task(self.weights[name], None), samples=self._samples.get(name))
+
+    def _task_again(self, name: str) -> Task:
+        """Gather what one weight sees once more, where it was not kept."""
+        weight = self.weights[name]
+        if name in self._samples or self._source is None or self._settings.unweighted:
+            return self._task_kept(name)
+        network, probes = self._source
+        seen = stats.gather(Stream(network, probes), self.found, [weight], network, seed=self.seed)
+        return self._task(weight, seen.get(name))
 
     def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
         form, group = job
@@ -289,7 +332,8 @@ class Workshop:
         if kept is not None and kept[0] == params:
             return kept[1]
         solved = self._solved[key]
-        tasks = [replace(self._task(self.weights[n], None), samples=self._samples.get(n)) for n in group]
+        ready = solved.ready([by_name[n].params for n in group])
+        tasks = [self._task_kept(n) if ready else self._task_again(n) for n in group]
         encoded = solved.encode(tasks, [by_name[n].params for n in group])
         self._last[key] = (params, encoded)
         return encoded

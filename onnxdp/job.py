@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import time
@@ -15,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from onnxdp import arrays, guard, planner, preparation, runtime, stats, timing, verifier, weights
+from onnxdp import arrays, guard, planner, preparation, runtime, stats, timing, verifier, walk, weights
 from onnxdp import model as model_file
-from onnxdp.damage import Search, within_error
+from onnxdp.damage import Search, within_error, within_error_encoded
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError, VerifyError
 from onnxdp.methods.form import forms_for
 from onnxdp.model import Model
 from onnxdp.network import Meter, Network
-from onnxdp.passes import ReplaceWeights
+from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
 from onnxdp.records import (
@@ -50,6 +51,12 @@ FIT_SHARE = 0.75
 LARGE = 256_000_000
 """Bytes of a model from which the two sessions are not held at once, so that latencies are not compared."""
 
+NEAR = 0.001
+"""Share of the budget that may be left over."""
+
+SHORTEN_FROM = 0.01
+"""Share of the result's bytes from which names and defaults are shortened unasked."""
+
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
@@ -62,6 +69,7 @@ ENCODING_SETTINGS = (
     "unweighted",
     "refit",
     "freeze_initializers",
+    "short_names",
     "include",
     "exclude",
     "samples",
@@ -89,7 +97,7 @@ class Job:
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
 
     @classmethod
-    def start(cls, source: Any, settings: Settings, progress: Progress, *, keep_samples: bool = False) -> Job:
+    def start(cls, source: Any, settings: Settings, progress: Progress) -> Job:
         """Read, prepare, find, probe and solve."""
         started = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -109,9 +117,11 @@ class Job:
         with _clock(seconds, "probes"):
             network = Network(model, found)
             progress("making probe inputs", 0, 1, "")
-            found, made = preparation.probed(network, found, settings)
+            sequential = any(f.sequential for f in forms)
+            found, made = preparation.probed(network, found, settings, many=sequential)
             fit, held_out = made.split(FIT_SHARE)
-        workshop = Workshop(found, forms, settings, device=device, keep_samples=keep_samples)
+        bits = _bits_left(model, found, settings)
+        workshop = Workshop(found, forms, settings, device=device, bits=bits)
         with _clock(seconds, "solving"):
             workshop.solve(network, fit, progress)
         return cls(
@@ -134,6 +144,14 @@ class Job:
         """Whether one run of the network takes so long that fewer measurements have to do."""
         return stats.macs(self.found.weights) > preparation.COSTLY
 
+    @property
+    def _sequential(self) -> bool:
+        """Whether weights are encoded one after the other in the compressed network, whatever is chosen."""
+        return self.workshop.sequential and self.settings.refit is not False
+
+    def _one_by_one(self, choice: Choice) -> tuple[list[Encoded], dict[str, Array]]:
+        return self._encode(list(choice.candidates.values()), refit=True)
+
     def plan(self) -> Plan:
         """Choose."""
         limit = self.settings.error_target
@@ -144,12 +162,13 @@ class Job:
             meter = Meter(self.network, held_out)
             meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
             search = Search.of(self.workshop, meter, self._overhead(), self.progress)
-            if self.costly:
-                search.shares = (self._share_left(),)
+            search.budget = budget = self.settings.budget(self.model.nbytes)
+            search.costly = self.costly
             reached = self._gain_possible(search)
-            budget = self.settings.budget(self.model.nbytes)
             if budget is not None:
                 choice = self._within_bytes(search, budget, reached)
+            elif limit is not None and self._sequential:
+                choice, self._encoded = within_error_encoded(search, limit, self._one_by_one)
             elif limit is not None:
                 choice = within_error(search, limit)
             else:
@@ -218,6 +237,11 @@ class Job:
                 made.choices, refit=bool(made.settings.get("refit"))
             )
             result = self._rewritten(encoded, shifts)
+        if saved := result.ir.meta.get(ShortenNames.KEY):
+            self.notices.append(
+                "Internal names were shortened, default attributes left out, equal constants put together, "
+                f"which saved about {saved:,} bytes; give --keep-names to keep them."
+            )
         path = None if target is None else Path(target)
         given = Path(source) if isinstance(source, str | os.PathLike) else None
         checked: list[tuple[Verification, float | None]] = []
@@ -261,6 +285,9 @@ class Job:
     def _refitted(self, search: Search, choice: Choice) -> bool:
         """Encode the choice, refitted where asked for or where that helps; return whether it was."""
         candidates = list(choice.candidates.values())
+        if self._sequential:
+            self._encoded = self._encoded or self._one_by_one(choice)
+            return True
         self._encoded = self._encode(candidates, refit=False)
         if self.settings.refit is False or (self.settings.refit is None and self.settings.unweighted):
             return False
@@ -293,38 +320,45 @@ class Job:
                 f"ask for that (--size {reached}) or less."
             )
         room = budget - (self.model.nbytes - sum(w.nbytes for w in self.found.weights))
-        for _ in range(6):
+        best: Choice | None = None
+        low, high = -math.inf, math.inf  # rooms that are known to fit, and not to
+        for _ in range(8):
             try:
                 choice = search.within(room)
-            except (
-                TargetError
-            ):  # by the estimate of what decodes; the exact count above says it can be reached
+            except TargetError:  # by the estimate of what decodes; the exact count says it can be reached
                 break
             over = self._size(choice) - budget
-            if over <= 0:
-                return self._checked(search, choice, room, budget)
-            room -= max(over, 64)
-        return search.smallest()
+            if over > 0:
+                high = room
+            elif best is not None and choice.candidates == best.candidates:
+                break
+            else:
+                best, low = choice, room
+                if -over <= max(budget * NEAR, 256) or not self.workshop.sequential:
+                    break
+            room -= max(over, 64) if over > 0 else over
+            if not low < room < high:
+                room = int(low + high) // 2
+            if high - low < 128:
+                break
+        if best is None:
+            return search.smallest()
+        return self._checked(search, best, int(low), budget)
 
     def _checked(self, search: Search, choice: Choice, room: int, budget: int) -> Choice:
         """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""
+        if self.workshop.sequential:  # before layers make up for one another, the sum of parts says nothing
+            return choice
         for better in (search.unless_alone_is_better, search.repaired):
             other = better(choice, room)
             if other is choice or self._size(other) <= budget:
                 choice = other
         return choice
 
-    def _share_left(self) -> float:
-        """Return about the share of their float16 bytes that the target leaves the weights, or a half."""
-        budget = self.settings.budget(self.model.nbytes)
-        held = sum(2 * w.size for w in self.found.weights)
-        fixed = self.model.nbytes - sum(w.nbytes for w in self.found.weights)
-        return 0.5 if budget is None else float(np.clip((budget - fixed) / max(held, 1), 0.1, 0.8))
-
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""
-        encoded = self.workshop.encode(choice.candidates.values())
-        return model_file.output_size(self._rewritten(encoded, self.workshop.no_shifts(encoded)))
+        outline = self.workshop.outline(choice.candidates.values())
+        return model_file.output_size(self._rewritten(outline, self.workshop.no_shifts(outline)))
 
     def _overhead(self) -> dict[str, int]:
         """Estimate the bytes of what decodes one weight; the exact count follows by building."""
@@ -340,7 +374,20 @@ class Job:
         twin = replace(twin, weights=self.found.weights)
         provenance = f"{metadata.version('onnxdp')} {self.settings.method}"
         ReplaceWeights(twin, encoded, self.workshop.forms, shifts, provenance)(copied.ir)
-        return copied
+        return self._shortened(copied)
+
+    def _shortened(self, result: Model) -> Model:
+        """Return the result under short names, where that is asked for or worth it."""
+        if self.settings.short_names is False:
+            return result
+        brief = model_file.copy(result)
+        gather, shorten = GatherConstants(), ShortenNames(result.original_value_info)
+        gather(brief.ir)
+        shorten(brief.ir)
+        brief.original_value_info = shorten.value_info
+        brief.ir.meta[ShortenNames.KEY] = saved = gather.saved + shorten.saved
+        left = sum(t.nbytes for t in walk.tensors(brief.ir))
+        return brief if self.settings.short_names or saved > SHORTEN_FROM * left else result
 
     def _verified(self, given: Path | None, at: Path) -> tuple[Verification, float | None]:
         """Check the written file against the original, before it takes its name."""
@@ -425,6 +472,15 @@ class Job:
             Line(k.weight, "", (), "", {}, k.nbytes, k.nbytes, 0.0, None, k.reason) for k in self.found.kept
         ]
         return tuple(lines)
+
+
+def _bits_left(model: Model, found: Found, settings: Settings) -> float:
+    """Return about the bits that the target leaves each number of the weights; 16 where it does not say."""
+    budget = settings.budget(model.nbytes)
+    if budget is None:
+        return 16.0
+    left = budget - (model.nbytes - sum(w.nbytes for w in found.weights))
+    return float(np.clip(8 * left / max(sum(w.size for w in found.weights), 1), 0.5, 16.0))
 
 
 @contextmanager

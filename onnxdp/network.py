@@ -188,6 +188,10 @@ class Stream:
                 del state[name]
         self._place = place
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is alive here."""
+        return name in self._state[0]
+
     def tensor(self, feed: int, name: str) -> Array:
         """Return a tensor that is alive here, or an input, of one feed; float32."""
         state = self._state[feed]

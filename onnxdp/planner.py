@@ -12,13 +12,11 @@ import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
 from onnxdp.records import Array, Candidate, Weight
-
-NEAR = 1.3
-"""A measurement within this factor of a candidate's squared error speaks for it."""
 
 
 @dataclass(slots=True)
@@ -36,9 +34,13 @@ class Curve:
         self.squares.insert(place, square)
         self.damages.insert(place, max(damage, 1e-14))
 
-    def known(self, square: float) -> bool:
-        """Whether a measurement near this squared error exists."""
-        return any(square <= s * NEAR and s <= square * NEAR for s in self.squares)
+    def known(self, square: float, near: float) -> bool:
+        """Whether a measurement within a factor of this squared error exists, or two beyond it.
+
+        Below two measurements damage goes as the squared error does: noise that small adds up.
+        """
+        below = len(self.squares) > 1 and square < self.squares[0]
+        return below or any(square <= s * near and s <= square * near for s in self.squares)
 
     def __call__(self, squares: Array) -> Array:
         """Return the damage at each squared error."""
@@ -51,6 +53,10 @@ class Curve:
         beyond = np.where(np.log(e) < xs[0], np.log(e) - xs[0], np.maximum(np.log(e) - xs[-1], 0.0))
         damage: Array = self.scale * np.exp(inside + beyond)
         return damage
+
+
+Curves: TypeAlias = Mapping[tuple[str, str], Curve]
+"""Of each weight under each method: errors of another kind do another damage."""
 
 
 @dataclass(slots=True)
@@ -88,15 +94,13 @@ def cheapest(items: Sequence[Item], overhead: Mapping[str, int]) -> Choice:
     return _collect((_pick(item, {}, math.inf, overhead) for item in items), {}, overhead)
 
 
-def choose(
-    items: Sequence[Item], curves: Mapping[str, Curve], budget: int, overhead: Mapping[str, int]
-) -> Choice | None:
+def choose(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping[str, int]) -> Choice | None:
     """Return the choice of least foreseen damage within ``budget`` bytes; None where there is none.
 
     Parameters
     ----------
     items : sequence of Item
-    curves : mapping of str to Curve
+    curves : mapping of (str, str) to Curve
     budget : int
         Bytes for all candidates and what decodes them.
     overhead : mapping of str to int
@@ -119,9 +123,7 @@ def choose(
     return _fill(items, curves, best, budget, overhead)
 
 
-def at_price(
-    items: Sequence[Item], curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
-) -> Choice:
+def at_price(items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]) -> Choice:
     """Return the choice that minimises damage + price * bytes."""
     return _collect((_pick(item, curves, price, overhead) for item in items), curves, overhead)
 
@@ -131,9 +133,7 @@ def bytes_of(candidate: Candidate, overhead: Mapping[str, int]) -> int:
     return candidate.nbytes + overhead.get(candidate.method, 0)
 
 
-def _pick(
-    item: Item, curves: Mapping[str, Curve], price: float, overhead: Mapping[str, int]
-) -> tuple[Candidate, ...]:
+def _pick(item: Item, curves: Curves, price: float, overhead: Mapping[str, int]) -> tuple[Candidate, ...]:
     """Return the item's best candidates at a price: each weight by itself, or all together."""
     own = [_best([(c,) for c in item.alone[n]], curves, price, overhead) for n in item.names]
     alone = tuple(c for _, chosen in own for c in chosen)
@@ -145,7 +145,7 @@ def _pick(
 
 def _best(
     options: Sequence[tuple[Candidate, ...]],
-    curves: Mapping[str, Curve],
+    curves: Curves,
     price: float,
     overhead: Mapping[str, int],
 ) -> tuple[float, tuple[Candidate, ...]]:
@@ -155,16 +155,12 @@ def _best(
         return float(sizes[best]), options[best]
     cost = price * sizes
     for place in range(len(options[0])):
-        squares = np.array([option[place].error ** 2 for option in options])
-        kept = np.array([option[place].method == KEEP for option in options])
-        cost += np.where(kept, 0.0, curves[options[0][place].weight](squares))
+        cost += damages([option[place] for option in options], curves)
     best = int(np.argmin(cost))
     return float(cost[best]), options[best]
 
 
-def _collect(
-    picked: Iterable[tuple[Candidate, ...]], curves: Mapping[str, Curve], overhead: Mapping[str, int]
-) -> Choice:
+def _collect(picked: Iterable[tuple[Candidate, ...]], curves: Curves, overhead: Mapping[str, int]) -> Choice:
     candidates = {c.weight: c for chosen in picked for c in chosen}
     return Choice(
         candidates,
@@ -173,16 +169,26 @@ def _collect(
     )
 
 
-def foreseen(candidate: Candidate, curves: Mapping[str, Curve]) -> float:
+def damages(candidates: Sequence[Candidate], curves: Curves) -> Array:
+    """Return the damage that each candidate's curve foresees."""
+    found = np.zeros(len(candidates))
+    squares = np.array([c.error**2 for c in candidates])
+    keys = [(c.weight, c.method) for c in candidates]
+    for key in set(keys):
+        if key[1] != KEEP:
+            own = np.array([k == key for k in keys])
+            found[own] = curves[key](squares[own]) if key in curves else squares[own]
+    return found
+
+
+def foreseen(candidate: Candidate, curves: Curves) -> float:
     """Return the damage that a candidate's curve foresees."""
-    if candidate.method == KEEP or candidate.weight not in curves:
-        return 0.0
-    return float(curves[candidate.weight](np.array([candidate.error**2]))[0])
+    return float(damages([candidate], curves)[0])
 
 
 def _fill(
     items: Sequence[Item],
-    curves: Mapping[str, Curve],
+    curves: Curves,
     choice: Choice,
     budget: int,
     overhead: Mapping[str, int],
@@ -198,14 +204,13 @@ def _fill(
         for name, own in item.alone.items():
             if name not in shared:
                 sizes = np.array([bytes_of(c, overhead) for c in own], np.float64)
-                damages = np.array([foreseen(c, curves) for c in own])
-                options[name] = (sizes, damages, own)
+                options[name] = (sizes, damages(own, curves), own)
     while slack > 0:
         best: tuple[float, str, int] | None = None
-        for name, (sizes, damages, _) in options.items():
+        for name, (sizes, harm, _) in options.items():
             now = candidates[name]
             size, damage = bytes_of(now, overhead), foreseen(now, curves)
-            gain = np.where((sizes > size) & (sizes <= size + slack), damage - damages, -1.0)
+            gain = np.where((sizes > size) & (sizes <= size + slack), damage - harm, -1.0)
             rate = gain / np.maximum(sizes - size, 1.0)
             place = int(np.argmax(rate))
             if gain[place] > 0 and (best is None or rate[place] > best[0]):

@@ -7,17 +7,15 @@ ones, recurrent states zeros, everything else standard normal.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from onnxdp import pictures
+from onnxdp import archives, pictures
 from onnxdp.answers import Answers, diversity, pick
 from onnxdp.errors import UsageError
 from onnxdp.inputs import (
@@ -27,23 +25,21 @@ from onnxdp.inputs import (
     RATE_HZ,
     TOKEN_TYPE,
     VOCABULARY,
-    Dim,
     InputSpec,
     Layout,
     channel_axis,
     number_kind,
 )
+from onnxdp.ranges import CENTRED, STANDARDISED, TRIED, Misfit, Range, by_statistics
 from onnxdp.records import Array
 
-__all__ = ["BATCH", "POOL", "InputSpec", "Probes", "load", "make"]
+__all__ = ["BATCH", "POOL", "InputSpec", "Probes", "divisor", "gathered", "load", "make"]
 
 BATCH = 32
 POOL = 2
 """Probes drawn for each that is kept, where the network's own answers choose."""
 _UNMOVED = 1.3
 """Diversity of the answers below which a network is taken to be hardly moved by standardised pictures."""
-_BYTES = 64
-"""Standard deviation of pictures whose values go from 0 to 255, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +60,8 @@ class Probes:
         The batch axis of each input; None where all samples share one array.
     dynamic : bool
         Whether the number of samples in a feed is free.
+    parts : tuple of int
+        Samples of each kind, one kind after the other; empty where all are of one.
     """
 
     feeds: tuple[Mapping[str, Array], ...]
@@ -72,6 +70,7 @@ class Probes:
     source: str
     axes: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
     dynamic: bool = False
+    parts: tuple[int, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -95,11 +94,54 @@ class Probes:
         near = [n for n in range(1, units) if abs(n - share * units) <= max(0.5, units / 16)]
         near = near or [min(max(1, round(share * units)), units - 1)]
         fits = {
-            n: _divisor(n, self.batch) + _divisor(units - n, self.batch) if self.dynamic else 0 for n in near
+            n: divisor(n, self.batch) + divisor(units - n, self.batch) if self.dynamic else 0 for n in near
         }
         cut = max(near, key=lambda n: (fits[n], -abs(n - share * units)))
-        order = np.random.Generator(np.random.PCG64(self.seed or 0)).permutation(units)
-        return self._take(np.sort(order[:cut])), self._take(np.sort(order[cut:]))
+        kept = self._chosen(cut)
+        return self._take(np.flatnonzero(kept)), self._take(np.flatnonzero(~kept))
+
+    def _chosen(self, cut: int) -> Array:
+        """Choose ``cut`` of the units at random, of each kind its share and, where it can be, not all."""
+        kinds = self._kinds()
+        chosen = np.zeros(len(kinds), bool)
+        rng = np.random.Generator(np.random.PCG64(self.seed or 0))
+        left, ahead = cut, len(kinds)
+        for kind in np.unique(kinds):
+            mine = np.flatnonzero(kinds == kind)
+            ahead -= len(mine)
+            share = round(left * len(mine) / (ahead + len(mine)))
+            share = int(np.clip(min(share, len(mine) - 1), max(0, left - ahead), left))
+            chosen[mine[rng.permutation(len(mine))[:share]]] = True
+            left -= share
+        return chosen
+
+    def _kinds(self) -> Array:
+        """Return the kind of each sample (of each feed, where the batch is fixed)."""
+        kinds = np.repeat(np.arange(max(1, len(self.parts))), self.parts or (self.samples,))
+        return kinds if self.dynamic else kinds[:: self.batch]
+
+    def fits(self, other: Probes) -> bool:
+        """Whether the two can be joined: the same inputs, axes and sizes."""
+
+        def sizes(p: Probes) -> dict[str, tuple[int, ...]]:
+            axes = {n: p.axes.get(n) for n in p.feeds[0]}
+            free = [(n, x, axes[n] if p.dynamic else None) for n, x in p.feeds[0].items()]
+            return {n: tuple(d for i, d in enumerate(x.shape) if i != a) for n, x, a in free}
+
+        same = (dict(self.axes), self.dynamic) == (dict(other.axes), other.dynamic)
+        return same and sizes(self) == sizes(other)
+
+    def join(self, other: Probes) -> Probes:
+        """Put others that :meth:`fits` behind these; a split then holds out some of either."""
+        both = replace(
+            self,
+            feeds=self.feeds + other.feeds,
+            samples=self.samples + other.samples,
+            seed=other.seed if self.seed is None else self.seed,
+            source=f"{self.source} and {other.source}",
+            parts=(self.parts or (self.samples,)) + (other.parts or (other.samples,)),
+        )
+        return both._take(np.arange(both.samples), BATCH) if self.dynamic else both
 
     def rebatch(self, batch: int) -> Probes:
         """Give feeds of the largest size up to ``batch`` that divides the samples (self, if fixed)."""
@@ -120,9 +162,11 @@ class Probes:
                 for name, array in self.feeds[0].items()
             }
             samples = len(units)
-            size = _divisor(samples, batch or self.batch)
+            size = divisor(samples, batch or self.batch)
             feeds = tuple(_select(whole, self.axes, units[k : k + size]) for k in range(0, samples, size))
-        return Probes(feeds, samples, self.seed, self.source, self.axes, self.dynamic)
+        parts = np.bincount(self._kinds()[units], minlength=len(self.parts)) * (samples // len(units))
+        kept = tuple(parts.tolist()) if self.parts else ()
+        return replace(self, feeds=feeds, samples=samples, parts=kept)
 
 
 def make(
@@ -133,6 +177,8 @@ def make(
     batch: int = BATCH,
     pool: int | None = None,
     answers: Answers | None = None,
+    misfit: Misfit | None = None,
+    wanted: Range | None = None,
 ) -> Probes:
     """Make up inputs.
 
@@ -151,6 +197,11 @@ def make(
     answers : callable, optional
         Runs the network: a feed in, its class scores out, ndarray of shape (samples of the feed, classes).
         The probes are then picked by :func:`onnxdp.answers.pick`.
+    misfit : callable, optional
+        How far what the network remembers of its training is from a feed; chooses the range of pictures.
+    wanted : Range, optional
+        The range of pictures, where it is known. Otherwise they are standardised per channel, unless
+        ``misfit`` says better, or, without it, ``answers`` hardly move.
 
     Returns
     -------
@@ -164,34 +215,36 @@ def make(
     plan = Layout.of(specs, batch)
     size = plan.batch
     if plan.dynamic:  # exactly ``samples`` where a good size divides them, else a few more
-        exact = _divisor(samples, size)
+        exact = divisor(samples, size)
         size = exact if 2 * exact >= size else math.ceil(samples / math.ceil(samples / size))
     feeds = max(1 if plan.dynamic else 2, math.ceil(samples / size))
     total = feeds * size
     main = next(s.kind for s in specs if s.name == plan.primary) if specs else "other"
     drawn = [_draw(spec, plan, seed, k, total) for k, spec in enumerate(specs)]
 
-    def feed(indices: Array, gain: int = 1) -> Mapping[str, Array]:
-        made = {s.name: d(indices) for s, d in zip(specs, drawn, strict=True)}
-        loud = [s.name for s in specs if s.kind == "image" and made[s.name].dtype.kind == "f" and gain != 1]
-        return MappingProxyType(made | {n: made[n] * made[n].dtype.type(gain) for n in loud})
+    def feed(indices: Array, chosen: Range) -> Mapping[str, Array]:
+        return MappingProxyType({s.name: d(indices, chosen) for s, d in zip(specs, drawn, strict=True)})
 
-    order, gain = np.arange(total), 1
+    order, chosen = np.arange(total), wanted or STANDARDISED
+    if misfit is not None and wanted is None and main == "image":
+        few, known = range(0, min(TRIED, total), size), misfit
+        chosen = by_statistics(lambda r: known([feed(np.arange(k, k + size), r) for k in few]))
     if answers is not None and plan.axes[plan.primary] is not None:
         many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
         asked = answers
 
-        def ask(gain: int) -> Array:
-            feeds = (feed(np.arange(k, k + size), gain) for k in range(0, many, size))
+        def ask(chosen: Range) -> Array:
+            feeds = (feed(np.arange(k, k + size), chosen) for k in range(0, many, size))
             return np.concatenate([np.asarray(asked(f)).reshape(size, -1) for f in feeds])
 
-        scores = ask(1)
-        if main == "image" and diversity(scores) < _UNMOVED:  # it may have been taught on 0..255
-            louder = ask(_BYTES)
+        scores = ask(chosen)
+        unknown = wanted is None and misfit is None and main == "image"
+        if unknown and diversity(scores) < _UNMOVED:  # it may have been taught on 0..255
+            louder = ask(CENTRED)
             if diversity(louder) > 2 * diversity(scores):
-                scores, gain = louder, _BYTES
+                scores, chosen = louder, CENTRED
         order = pick(scores, total)
-    made = tuple(feed(order[k : k + size], gain) for k in range(0, total, size))
+    made = tuple(feed(order[k : k + size], chosen) for k in range(0, total, size))
     kinds = {"image": "dead leaves", "ids": "random ids"}
     return Probes(made, total, seed, kinds.get(main, "random numbers"), plan.axes, plan.dynamic)
 
@@ -216,20 +269,24 @@ def load(path: Path, specs: Sequence[InputSpec]) -> Probes:
     UsageError
         The file or an array in it does not fit; the sentence says which, why, and what would.
     """
-    arrays = _read(path)
+    return gathered(path, specs, archives.read(path))
+
+
+def gathered(path: Path, specs: Sequence[InputSpec], arrays: Mapping[str, Array]) -> Probes:
+    """Make probes of the arrays read from ``path``; see :func:`load`."""
     wanted = [s.name for s in specs]
     for missing in (n for n in wanted if n not in arrays):
         raise UsageError(
-            f"{path} lacks the input {missing!r} (it has {_some(arrays)}); save one array per input."
+            f"{path} lacks the input {missing!r} (it has {archives.some(arrays)}); save one array per input."
         )
     for extra in (n for n in arrays if n not in wanted):
         raise UsageError(
-            f"{path} holds {extra!r}, which is no input of the model; its inputs are {_some(wanted)}."
+            f"{path} holds {extra!r}, which is no input of the model; its inputs are {archives.some(wanted)}."
         )
     plan = Layout.of(specs, BATCH)
     counts: dict[str, int] = {}
     for spec in specs:
-        _check(path, spec, arrays[spec.name], plan)
+        archives.check(path, spec, arrays[spec.name], plan)
         if plan.axes[spec.name] == 0:
             counts[spec.name] = len(arrays[spec.name])
     if len(set(counts.values())) > 1:
@@ -237,7 +294,7 @@ def load(path: Path, specs: Sequence[InputSpec]) -> Probes:
         raise UsageError(f"{path} has {m} samples of {a!r} and {n} of {b!r}; give equally many of each.")
     samples = next(iter(counts.values()), 1)
     dynamic = plan.dynamic and all(a in (0, None) for a in plan.axes.values())
-    size = plan.batch if counts and not plan.dynamic else (_divisor(samples, BATCH) if dynamic else 1)
+    size = plan.batch if counts and not plan.dynamic else (divisor(samples, BATCH) if dynamic else 1)
     if samples % size:
         raise UsageError(
             f"{path} has {samples} samples and the model takes {size} at a time; give a multiple of {size}."
@@ -247,10 +304,10 @@ def load(path: Path, specs: Sequence[InputSpec]) -> Probes:
     return Probes(feeds, samples, None, path.name, MappingProxyType(axes), dynamic)
 
 
-def _draw(spec: InputSpec, plan: Layout, seed: int, k: int, standard: int) -> Callable[[Array], Array]:
-    """Return the function that makes input ``k`` of the samples with given indices.
+def _draw(spec: InputSpec, plan: Layout, seed: int, k: int, standard: int) -> Callable[[Array, Range], Array]:
+    """Return the function that makes input ``k`` of the samples with given indices, pictures in a range.
 
-    Pictures are standardised by the first ``standard`` of them.
+    Mean and deviation of a set of pictures are those of its first ``standard``.
     """
     if number_kind(spec.dtype) == "?":
         raise UsageError(
@@ -260,20 +317,23 @@ def _draw(spec: InputSpec, plan: Layout, seed: int, k: int, standard: int) -> Ca
     if spec.kind == "image":
         one = _gallery(shape, dtype, seed + 1_000_003 * k, standard)
     else:
-        one = _numbers(spec, shape, dtype, seed, k, plan.length)
+        number = _numbers(spec, shape, dtype, seed, k, plan.length)
 
-    def draw(indices: Array) -> Array:
+        def one(i: int, chosen: Range) -> Array:
+            return number(i)
+
+    def draw(indices: Array, chosen: Range) -> Array:
         if axis is None:
-            return one(0 if plan.dynamic else int(indices[0]))
-        return np.concatenate([one(int(i)) for i in indices], axis)
+            return one(0 if plan.dynamic else int(indices[0]), chosen)
+        return np.concatenate([one(int(i), chosen) for i in indices], axis)
 
     return draw
 
 
 def _gallery(
     shape: tuple[int, ...], dtype: np.dtype[Any], seed: int, standard: int
-) -> Callable[[int], Array]:
-    """Return the function from an index to a picture in the input's layout and type."""
+) -> Callable[[int, Range], Array]:
+    """Return the function from an index to a picture in the input's layout and type, in a range."""
     last = channel_axis(shape) == 3
     c, h, w = (shape[3], *shape[1:3]) if last else shape[1:]
     drawn: dict[int, Array] = {}
@@ -283,14 +343,15 @@ def _gallery(
             drawn[i] = pictures.leaves([i], c, h, w, seed)
         return drawn[i]
 
-    mean, scale = np.zeros((c, 1, 1)), np.ones((c, 1, 1))
+    mean, deviation = np.zeros(c), np.ones(c)
     if dtype.kind == "f":
         first = [raw(i).astype(np.float64) for i in range(standard)]
-        mean = np.mean([x.mean((0, 2, 3)) for x in first], 0).reshape(c, 1, 1)
-        scale = np.sqrt(np.mean([((x - mean) ** 2).mean((0, 2, 3)) for x in first], 0)).reshape(c, 1, 1)
+        mean = np.mean([x.mean((0, 2, 3)) for x in first], 0)
+        apart = [np.square(x - mean.reshape(c, 1, 1)).mean((0, 2, 3)) for x in first]
+        deviation = np.sqrt(np.mean(apart, 0))
 
-    def one(i: int) -> Array:
-        x = raw(i) if dtype.kind == "u" else ((raw(i) - mean) / scale).astype(dtype)
+    def one(i: int, chosen: Range) -> Array:
+        x = raw(i) if dtype.kind == "u" else chosen(raw(i), mean, deviation).astype(dtype)
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if last else x
 
     return one
@@ -330,63 +391,6 @@ def _select(
     )
 
 
-def _divisor(n: int, most: int) -> int:
-    """Largest divisor of ``n`` up to ``most``."""
+def divisor(n: int, most: int) -> int:
+    """Return the largest divisor of ``n`` up to ``most``."""
     return next((d for d in range(min(n, most), 0, -1) if n % d == 0), 1)
-
-
-def _read(path: Path) -> dict[str, Array]:
-    """Read all arrays of an ``.npz``; pickled content is never opened."""
-    again = "write it with numpy.savez(FILE, **{input name: array})"
-    try:
-        if not zipfile.is_zipfile(path):
-            raise UsageError(f"{path} is {'no .npz archive' if path.exists() else 'not there'}; {again}.")
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except ValueError as e:
-        raise UsageError(
-            f"{path} holds pickled objects or a damaged array, which is not read; {again}."
-        ) from e
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise UsageError(f"{path} cannot be read ({e}); {again}.") from e
-
-
-def _check(path: Path, spec: InputSpec, x: Array, plan: Layout) -> None:
-    """Refuse an array that does not fit its input."""
-    if x.dtype.name != spec.dtype and not (x.dtype.kind in "US" and number_kind(spec.dtype) == "?"):
-        raise UsageError(
-            f"{spec.name!r} in {path} is {x.dtype.name} and the model takes {spec.dtype}; "
-            f"save it with .astype({spec.dtype!r})."
-        )
-    if x.ndim != len(spec.shape):
-        raise UsageError(
-            f"{spec.name!r} in {path} has {x.ndim} axes and the model takes "
-            f"{len(spec.shape)} ({_shown(spec.shape)}); reshape it."
-        )
-    if not x.size:
-        raise UsageError(f"{spec.name!r} in {path} holds no sample; give at least two.")
-    if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise UsageError(
-            f"{spec.name!r} in {path} holds NaN or infinity; give inputs that the model can use."
-        )
-    samples = plan.axes[spec.name] == 0
-    wrong = [
-        i
-        for i, d in enumerate(spec.shape)
-        if isinstance(d, int) and d != x.shape[i] and not (i == 0 and samples)
-    ]
-    if wrong:
-        raise UsageError(
-            f"{spec.name!r} in {path} has the shape {_shown(x.shape)} and the model takes "
-            f"{_shown(spec.shape)}; make axis {wrong[0]} {spec.shape[wrong[0]]} long."
-        )
-
-
-def _shown(shape: Sequence[Dim]) -> str:
-    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
-
-
-def _some(names: Iterable[str]) -> str:
-    """Give up to five names."""
-    names = list(names)
-    return ", ".join(map(repr, names[:5])) + (" and more" if len(names) > 5 else "") if names else "nothing"

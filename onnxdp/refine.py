@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxdp import stats, weights
+from onnxdp import arrays, stats, weights
 from onnxdp.encoding import Workshop
 from onnxdp.network import Network, Stream
 from onnxdp.planner import KEEP
@@ -51,24 +51,33 @@ def refine(
     list of Encoded, dict of str to ndarray
         The new forms, and what the bias behind each weight gains.
     """
-    encoded = {e.weight: e for e in workshop.encode(choices)}
-    shifts = workshop.shifts(list(encoded.values()))
-    changes = workshop.fed(network, list(encoded.values()), shifts)
+    taps = {c.weight: stats.single_tap(workshop.found, workshop.weights[c.weight]) for c in choices}
     order = sorted(
-        (c for c in choices if c.method != KEEP and c.weight in network.fed),
+        (
+            c
+            for c in choices
+            if c.method != KEEP
+            and c.weight in network.fed
+            and taps[c.weight]
+            and "dictionary" not in c.params
+        ),
         key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight]),
     )
+    later = {c.weight for c in order}
+    encoded = {e.weight: e for e in workshop.encode([c for c in choices if c.weight not in later])}
+    shifts = workshop.shifts(list(encoded.values()))
+    changes = workshop.fed(network, list(encoded.values()), shifts)
     original, compressed = Stream(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
         progress("refitting weights", done, len(order), choice.weight)
-        weight = workshop.weights[choice.weight]
-        tap = stats.single_tap(workshop.found, weight)
-        if tap is None or "dictionary" in choice.params:
-            continue
+        weight, tap = workshop.weights[choice.weight], taps[choice.weight]
+        assert tap is not None
         original.advance(network.place(tap.output), {})
         compressed.advance(network.place(tap.output), changes)
         x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
-        new, shift = _refit(workshop, weight, choice, x, seen)
+        beside = _beside(original, compressed, weight, tap, workshop.seed)
+        with arrays.one_blas_thread():
+            new, shift = _refit(workshop, weight, choice, x, seen, beside)
         encoded[choice.weight] = new
         if weights.can_centre(workshop.found, weight):
             shifts[choice.weight] = shift
@@ -77,25 +86,38 @@ def refine(
 
 
 def _refit(
-    workshop: Workshop, weight: Weight, choice: Candidate, x: Array, seen: Array
+    workshop: Workshop, weight: Weight, choice: Candidate, x: Array, seen: Array, beside: Array | None
 ) -> tuple[Encoded, Array]:
-    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed."""
+    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed.
+
+    ``x`` and ``seen`` are used up.
+    """
     centre = weights.can_centre(workshop.found, weight)
     tensor = weights.tensor_of(workshop.found, weight.name)
     w = weights.blocks(weight, tensor).astype(np.float32)
     mean = x.mean(axis=1, dtype=np.float64) if centre else np.zeros((x.shape[0], x.shape[2]))
     mean_seen = seen.mean(axis=1, dtype=np.float64) if centre else mean
-    rows = x.shape[1]
-    a = (x - mean[:, None, :].astype(np.float32)) / np.float32(rows**0.5)
-    b = (seen - mean_seen[:, None, :].astype(np.float32)) / np.float32(rows**0.5)
-    lost = (a - b) @ w  # what the compressed inputs no longer give
-    moved = w + ALPHA * _ridge_solve(b, lost)
-    new = workshop.encode_one(choice, weights.unblocks(weight, moved), b)
+    root = np.float32(x.shape[1] ** 0.5)
+    for rows, middle in ((x, mean), (seen, mean_seen)):  # large: in place
+        rows -= middle[:, None, :].astype(np.float32)
+        rows /= root
+    x -= seen
+    lack = x @ w  # what the compressed inputs no longer give
+    mean_beside = np.zeros((len(w), 1, w.shape[2]), np.float32)
+    if beside is not None:  # nor does what is added to the output
+        if centre:
+            mean_beside = beside.mean(axis=1, keepdims=True)
+        lack += (beside - mean_beside) / root
+    if workshop.forms[choice.method].sequential:
+        new = workshop.encode_one(choice, tensor, seen, lack)
+    else:
+        moved = w + ALPHA * _ridge_solve(seen, lack)
+        new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen)
     decoded = weights.blocks(weight, workshop.decode(new))
     shift = np.einsum("gm,gmn->gn", mean, w.astype(np.float64)) - np.einsum(
         "gm,gmn->gn", mean_seen, decoded.astype(np.float64)
     )
-    return new, shift.reshape(-1).astype(np.float32)
+    return new, (shift + mean_beside[:, 0]).reshape(-1).astype(np.float32)
 
 
 def _ridge_solve(b: Array, target: Array) -> Array:
@@ -125,3 +147,24 @@ def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array:
         for number in range(stream.feeds)
     ]
     return np.concatenate(rows, axis=1)
+
+
+def _beside(original: Stream, compressed: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array | None:
+    """Return what compression took from the tensor that is added to the weight's output.
+
+    (groups, rows, outputs), at the places of :func:`_rows`; None where nothing that is known by now is added.
+    The last layer before a residual join so repairs the other branch's error as well (method.md 1.3).
+    """
+    other = tap.added
+    if other is None or not original.has(other):
+        return None
+    count = -(-stats.rows_wanted(weight) // original.feeds)
+    lost = []
+    for number in range(original.feeds):
+        a, b = (stream.tensor(number, other) for stream in (original, compressed))
+        shape = original.tensor(number, tap.source).shape
+        rows = tap.output_rows(weight, shape, a - b, count, np.random.default_rng((seed, number)))
+        if rows is None:
+            return None
+        lost.append(rows)
+    return np.concatenate(lost, axis=1)

@@ -20,6 +20,11 @@ DEFAULT_MAX_ERROR = 0.03
 SOLVERS = ("exact", "randomized", "dpl")
 DEVICES = ("auto", "cpu", "cuda")
 FACTOR_DTYPES = ("float16", "float32")
+CHANNEL_ORDERS = ("rgb", "bgr")
+CALIBRATION = ("mean", "std", "resize", "channel_order", "input_range")
+"""Settings that say how the pictures of ``calibrate`` are prepared."""
+PAIRS = ("solver", "partition", "atoms", "factor_dtype", "shared", "unweighted")
+"""Settings of dictionary pairs: off its default, any of them makes the method ``auto`` mean ``dp``."""
 
 
 def _setting(default: Any, help_: str) -> Any:
@@ -46,7 +51,9 @@ class Settings:
         f"{DEFAULT_MAX_ERROR} when no target is given.",
     )
     method: str = _setting(
-        "auto", "How weights are stored: auto (the best of what is built), dp, or a plug-in's name."
+        "auto",
+        "How weights are stored: auto (quant; dp where an option of dictionary pairs is set), quant, dp, "
+        "float16, or a plug-in's name.",
     )
     solver: str = _setting(
         "exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration)."
@@ -77,8 +84,33 @@ class Settings:
     inputs: Path | None = _setting(
         None, "Sample inputs (.npz, keys = input names) instead of made-up probe inputs."
     )
+    calibrate: Path | None = _setting(
+        None,
+        "Real unlabelled inputs to learn from: a folder of pictures, a .npy or a .npz (keys = input names).",
+    )
+    mean: str | None = _setting(
+        None,
+        "What to subtract from pictures per channel, in units of --input-range: 0.485,0.456,0.406.",
+    )
+    std: str | None = _setting(None, "What to divide pictures by, per channel, after --mean.")
+    resize: int | None = _setting(
+        None, "Pixels of the shorter side before the centre is cut out; default: the model's own size."
+    )
+    channel_order: str | None = _setting(
+        None, "Order in which the model takes the channels: rgb or bgr; default: what its answers tell."
+    )
+    input_range: str | None = _setting(
+        None,
+        "What bytes of pictures become: 0..1 (the default with --mean or --std), 0..255, -1..1; "
+        "default: what the model's statistics and answers tell.",
+    )
     samples: int | None = _setting(
         None, "Number of probe inputs; default: by the cost of one run of the network."
+    )
+    short_names: bool | None = _setting(
+        None,
+        "Rename internal values, drop node names, notes and attributes at their defaults, store equal "
+        "constants once; default: where that saves more than 1 % of the file.",
     )
     freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
     device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
@@ -87,6 +119,9 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        if self.method == "auto" and any(getattr(self, n) != fields[n].default for n in PAIRS):
+            object.__setattr__(self, "method", "dp")
         targets = [n for n in ("ratio", "size", "max_error") if getattr(self, n) is not None]
         if len(targets) > 1:
             raise UsageError(
@@ -106,11 +141,35 @@ class Settings:
         _one_of("--solver", self.solver, SOLVERS)
         _one_of("--device", self.device, DEVICES)
         _one_of("--factor-dtype", self.factor_dtype, FACTOR_DTYPES)
+        self._check_calibration()
         self.partition_rows()
         for name, least in (("atoms", 1), ("iterations", 1), ("samples", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name} must be at least {least}, not {value}.")
+
+    def _check_calibration(self) -> None:
+        """Refuse options of real inputs that mean nothing, or mean nothing without them."""
+        given = [n for n in CALIBRATION if getattr(self, n) is not None]
+        if self.calibrate is None and given:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} prepares the pictures of --calibrate, which is missing; "
+                "give --calibrate PATH, too."
+            )
+        if self.calibrate is not None and self.inputs is not None:
+            raise UsageError(
+                "--calibrate and --inputs both say what to feed; give --inputs for inputs that are ready, "
+                "--calibrate for pictures."
+            )
+        if self.channel_order is not None:
+            _one_of("--channel-order", self.channel_order, CHANNEL_ORDERS)
+        if self.resize is not None and self.resize < 1:
+            raise UsageError(f"--resize is a number of pixels, not {self.resize}.")
+        if self.input_range is not None:
+            parse_range(self.input_range)
+        for name in ("mean", "std"):
+            if (text := getattr(self, name)) is not None:
+                parse_numbers(f"--{name}", text, above=0.0 if name == "std" else -math.inf)
 
     def partition_rows(self) -> int | None:
         """Rows of a block; 0 for no partition, None for automatic."""
@@ -179,6 +238,41 @@ def parse_size(text: str, nbytes: int) -> int:
             f"--size {text!r} is no size; give bytes (120000, 800kB, 3MB) or a share of the file (30%)."
         )
     return math.floor(float(found[1]) * units[found[2].lower()])
+
+
+def parse_numbers(option: str, text: str, above: float = -math.inf) -> tuple[float, ...]:
+    """Return the numbers of a comma list such as ``0.485,0.456,0.406``.
+
+    Raises
+    ------
+    UsageError
+        One of them is no finite number, or not above ``above``.
+    """
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(math.isfinite(n) and n > above for n in numbers):
+        kind = "numbers" if above == -math.inf else f"numbers above {above:g}"
+        raise UsageError(f"{option} is {kind} with commas between, not {text!r}; give one per channel.")
+    return numbers
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Return the ends of a range such as ``0..1`` or ``-1..1``.
+
+    Raises
+    ------
+    UsageError
+        It is no range, or empty.
+    """
+    try:
+        low, high = map(float, text.split(".."))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UsageError(f"--input-range is two numbers such as 0..1, 0..255 or -1..1, not {text!r}.")
+    return low, high
 
 
 def help_of(name: str) -> str:

@@ -131,6 +131,46 @@ class Tap:
         picked = generator.choice(len(flat), min(count, len(flat)), replace=False)
         return flat[np.sort(picked)][None]
 
+    @property
+    def added(self) -> str | None:
+        """Name of the tensor that an Add, the only reader of the output, adds to it; None where there is none."""
+        uses = list(self.reader.node.outputs[0].uses())
+        if len(uses) != 1 or uses[0][0].op_type != "Add" or uses[0][0].domain:
+            return None
+        add, index = uses[0]
+        other = add.inputs[1 - index]
+        return other.name if other is not None and constant(other) is None else None
+
+    def output_rows(
+        self, weight: Weight, shape: tuple[int, ...], y: Array, count: int, generator: np.random.Generator
+    ) -> Array | None:
+        """Return rows of an output-like tensor, at the places that :meth:`sample` takes from an input.
+
+        Parameters
+        ----------
+        weight : Weight
+        shape : tuple of int
+            Of the input.
+        y : ndarray of the output's shape
+        count, generator
+            As for :meth:`sample`.
+
+        Returns
+        -------
+        ndarray of shape (groups, rows, outputs), or None where ``y`` is of another shape.
+        """
+        if self.reader.node.op_type == "Conv":
+            places = _geometry(self.reader.node, weight, shape).outputs
+            if y.shape != (shape[0], weight.groups * weight.outputs, *places):
+                return None
+            rows = np.moveaxis(y, 1, -1).reshape(-1, weight.groups, weight.outputs)
+        else:
+            if self.reader.index == 0 or y.size != int(np.prod(shape)) // weight.inputs * weight.outputs:
+                return None
+            rows = y.reshape(-1, 1, weight.outputs)
+        picked = np.sort(generator.choice(len(rows), min(count, len(rows)), replace=False))
+        return rows[picked].swapaxes(0, 1)
+
     def count(self, weight: Weight, shape: tuple[int, ...]) -> int:
         """Return the rows there are, of all samples."""
         if self.reader.node.op_type == "Conv":

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.build import Builder, Paper
+from onnxdp.build import Builder, Paper, half_of
 from onnxdp.methods.form import Form
 from onnxdp.passes.lift import drop
+from onnxdp.passes.narrow import narrow
 from onnxdp.records import Array, Encoded, Weight
 from onnxdp.weights import Found, Reader, constant
 
@@ -62,14 +63,17 @@ class ReplaceWeights(ir.passes.InPlacePass):
         def place(encoded: Encoded) -> int:  # what several weights share must come before the first of them
             return min(order[r.node] for r in readers[encoded.weight])
 
+        pooled = any(self._forms[e.method].sequential for e in self._encoded)
         for encoded in sorted(self._encoded, key=place):
-            self._replace(weights[encoded.weight], encoded, paper)
+            self._replace(weights[encoded.weight], encoded, paper, pooled=pooled)
+        if pooled:
+            narrow(model, self._found, paper)
         paper.finish()
         if self._encoded:
             model.metadata_props[self.KEY] = self._provenance
         return ir.passes.PassResult(model, modified=bool(self._encoded))
 
-    def _replace(self, weight: Weight, encoded: Encoded, paper: Paper) -> None:
+    def _replace(self, weight: Weight, encoded: Encoded, paper: Paper, *, pooled: bool) -> None:
         value = self._found.values[weight.name]
         readers = self._found.readers[weight.name]
         graph = value.graph
@@ -79,7 +83,7 @@ class ReplaceWeights(ir.passes.InPlacePass):
         if alone is not None and alone.node.inputs[alone.index] is not value:
             alone = None  # the other operand was a weight too, and its form has moved this one
         if weight.name in self._shifts:
-            shift_bias(readers[0].node, self._shifts[weight.name], build)
+            shift_bias(readers[0].node, self._shifts[weight.name], build, pooled=pooled)
         new = self._forms[encoded.method].emit(build, weight, encoded, alone)
         if new is not None:
             value.replace_all_uses_with(new)
@@ -92,29 +96,41 @@ def single(readers: Sequence[Reader]) -> bool:
     return len(readers) == 1 and readers[0].direct
 
 
-def shift_bias(node: ir.Node, shift: Array, build: Builder) -> None:
-    """Add ``shift`` (outputs,) to what the node puts out: to a bias, or to the mean of what normalises it."""
+def shift_bias(node: ir.Node, shift: Array, build: Builder, *, pooled: bool = False) -> None:
+    """Add ``shift`` (outputs,) to what the node puts out: to a bias, or to the mean of what normalises it.
+
+    Where ``pooled``, the sum goes into the pool of vectors if what was there could; the shift has no say,
+    so that a file's size does not depend on it.
+    """
     alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         normalise = _following_normalisation(node)
         if normalise is not None:  # (y + shift) - mean = y - (mean - shift)
             mean = normalise.inputs[3]
-            _replace_constant(normalise, 3, mean, _array(mean) - alpha * shift, build)
+            _replace_constant(normalise, 3, mean, _array(mean) - alpha * shift, build, pooled=pooled)
             return
         node.resize_inputs(3)
-        node.replace_input_with(2, build.constant("bias", _like(alpha * shift, node.inputs[1])))
+        made = _like(alpha * shift, node.inputs[1])
+        fresh = build.vector("bias", made, made.shape, additive=None) if pooled else None
+        node.replace_input_with(2, fresh or build.constant("bias", made))
         if "beta" in node.attributes:
             del node.attributes["beta"]
         return
     if beta == 0:
         return
-    _replace_constant(node, 2, bias, _array(bias) + alpha / beta * shift, build)
+    _replace_constant(node, 2, bias, _array(bias) + alpha / beta * shift, build, pooled=pooled)
 
 
-def _replace_constant(node: ir.Node, index: int, old: ir.Value | None, new: Array, build: Builder) -> None:
+def _replace_constant(
+    node: ir.Node, index: int, old: ir.Value | None, new: Array, build: Builder, *, pooled: bool
+) -> None:
     assert old is not None
-    fresh = build.constant("bias" if index == 2 else "mean", _like(new, old))
+    role, made = "bias" if index == 2 else "mean", _like(new, old)
+    if pooled and half_of(_like(_array(old), old), additive=True) is not None:
+        fresh = build.vector(role, made, made.shape, additive=None)
+    else:
+        fresh = build.constant(role, made)
     node.replace_input_with(index, fresh)
     if not old.uses() and not old.is_graph_output():
         drop(old)

@@ -50,6 +50,19 @@ def draw(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> Array
     return rng.standard_normal(shape).astype(np.float32).astype(dtype)
 
 
+def one_conv(
+    text: str, shape: Sequence[int], groups: int, *, biased: bool, seed: int
+) -> tuple[onnx.ModelProto, dict[str, Array], Array]:
+    """A model of one Conv of weight ``W`` with these attributes, its tensors, and an input for it."""
+    rng = np.random.default_rng(seed)
+    rank = len(shape) - 2
+    tensors = {"W": draw(rng, *shape)} | ({"b": draw(rng, shape[0])} if biased else {})
+    dims = ",".join("?" * (rank + 2))
+    body = f"y = Conv<{text}>({', '.join(['x', *tensors])})"
+    proto = model(body, f"float[{dims}] x", f"float[{dims}] y", tensors)
+    return proto, tensors, draw(rng, 2, shape[1] * groups, *(7, 6, 5)[:rank])
+
+
 def session(proto: onnx.ModelProto, optimized: str | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -108,7 +108,7 @@ def test_a_curve_never_falls_and_keeps_its_floor(points, at):
         curve.add(square, damage)
     values = curve(np.sort(at))
     assert (np.diff(values) >= -1e-9 * values[1:]).all()
-    assert all(curve.known(square) for square, _ in points)
+    assert all(curve.known(square, 1.3) for square, _ in points)
 
 
 def test_a_curve_passes_through_its_measurements():

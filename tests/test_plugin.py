@@ -23,6 +23,8 @@ from onnxdp.records import Candidate, Encoded
 
 class Toy:
     name = "toy"
+    sequential = False
+    near = 1.3
 
     def supports(self, weight):
         return None if weight.dtype == "float32" else "toy stores float32 only"
@@ -32,6 +34,10 @@ class Toy:
 
     def check(self, weight, params):
         pass
+
+    def outline(self, weight, params):
+        arrays = {"numbers": np.zeros(weight.shape, np.int8), "scale": np.zeros(1, np.float32)}
+        return Encoded(weight.name, "toy", {}, arrays, 0.0)
 
     def groups(self, weights, sources, *, everywhere=False):
         return ()
@@ -63,6 +69,12 @@ class Rounded:
     def candidates(self):
         weight = self.task.weight
         return ((Candidate(weight.name, "toy", {}, weight.size + 4, self.error),),)
+
+    def points(self):
+        return self.candidates()
+
+    def ready(self, params):
+        return True
 
     def encode(self, tasks, params):
         arrays = {"numbers": self.numbers, "scale": self.scale.reshape(1)}
@@ -97,7 +109,7 @@ def test_a_method_installed_through_the_entry_point_compresses(installed):
     rng = np.random.default_rng(2)
     tensors = {n: draw(rng, 64, 64) for n in "WV"}
     proto = model("a = MatMul(x, W) r = Relu(a) y = MatMul(r, V)", "float[N,64] x", "float[N,64] y", tensors)
-    result = onnxdp.compress(proto, ratio=3, method="toy")
+    result = onnxdp.compress(proto, ratio=3, method="toy", short_names=False)
     assert {c.method for c in result.report.plan.choices} == {"toy"}
     assert result.report.verification.passed and 0 < result.report.verification.error < 0.02
     assert result.model.ByteSize() <= proto.ByteSize() // 3

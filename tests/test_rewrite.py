@@ -8,7 +8,9 @@ import pytest
 import rewriting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import draw, model, pair, rewrite, run
+from rewriting import draw, model, one_conv, pair, rewrite, run
+
+from onnxdp.build import TERSE
 
 RNG = np.random.default_rng(7)
 
@@ -53,15 +55,9 @@ def convolutions(draw_):
 @settings(max_examples=60, deadline=None)
 def test_conv_equals_the_dense_model(case):
     text, shape, groups, params, biased, seed = case
-    rng = np.random.default_rng(seed)
-    rank = len(shape) - 2
-    tensors = {"W": draw(rng, *shape)} | ({"b": draw(rng, shape[0])} if biased else {})
-    dims = ",".join("?" * (rank + 2))
-    proto = model(
-        f"y = Conv<{text}>({', '.join(['x', *tensors])})", f"float[{dims}] x", f"float[{dims}] y", tensors
-    )
+    proto, _, x = one_conv(text, shape, groups, biased=biased, seed=seed)
     made = rewrite(proto, {"W": params})
-    made.assert_equals_dense({"x": draw(rng, 2, shape[1] * groups, *(7, 6, 5)[:rank])})
+    made.assert_equals_dense({"x": x})
     ops = sorted(n.op_type for n in made.proto.graph.node if n.op_type == "Conv")
     split = (
         params[1]["run"] == "split"
@@ -225,8 +221,8 @@ def test_a_weight_behind_operators_that_move_it(chain, constant):
     made = rewrite(proto, {"W": pair(3, run="split")})  # cannot be split: the product takes its place
     # a float16 weight is the dense model's rounding of the product, done the same way
     made.assert_equals_dense({"x": draw(rng, 4, 8)})
-    assert [n.name for n in proto.graph.node][1 if constant else 0 :] == [
-        n.name for n in made.proto.graph.node if not n.name.startswith("W.")
+    assert [n.output[0] for n in proto.graph.node][1 if constant else 0 :] == [
+        n.output[0] for n in made.proto.graph.node if not n.output[0].startswith(TERSE)
     ]
 
 
@@ -293,7 +289,7 @@ def test_other_floating_types(dtype, run_as, stored):
     eps = {"float16": 2.0**-10, "float64": 2.0**-23, "bfloat16": 2.0**-7}[dtype]
     x = draw(rng, 4, 8).astype({"float16": "float16", "float64": "float64"}.get(dtype, "float32"))
     made.assert_equals_dense({"x": x}, eps=eps)
-    casts = [n for n in made.proto.graph.node if n.op_type == "Cast" and n.name.startswith("W.")]
+    casts = [n for n in made.proto.graph.node if n.op_type == "Cast" and n.output[0].startswith(TERSE)]
     if dtype == "float16" and run_as == "split":
         assert len(casts) == (0 if stored == "float16" else 2)  # what is of the type already needs no detour
 

@@ -135,3 +135,21 @@ def test_every_setting_explains_itself():
     for setting in dataclasses.fields(Settings):
         text = help_of(setting.name)
         assert text[0].isupper() and text.endswith("."), setting.name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"atoms": 4}, {"partition": "none"}, {"partition": "288"}, {"solver": "dpl"},
+        {"factor_dtype": "float32"}, {"shared": True}, {"shared": False}, {"unweighted": True},
+    ],
+)  # fmt: skip
+def test_an_option_of_dictionary_pairs_makes_auto_mean_them(given):
+    assert Settings(**given).method == "dp"
+    assert Settings(method="quant", **given).method == "quant"
+    assert Settings(method="float16", **given).method == "float16"
+
+
+def test_without_one_auto_stays_auto():
+    assert Settings().method == Settings(ratio=4, refit=True, samples=8, seed=3).method == "auto"
+    assert Settings(partition="auto", solver="exact", factor_dtype="float16").method == "auto"

@@ -9,7 +9,7 @@ import pytest
 import rewriting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import draw, model, pair, rewrite, run
+from rewriting import draw, model, one_conv, pair, rewrite, run
 from test_rewrite import convolutions
 
 from onnxdp import stats, weights
@@ -38,14 +38,7 @@ def uncentred(seen):
 @settings(max_examples=50, deadline=None)
 def test_rows_of_a_conv_give_its_own_output(case):
     text, shape, groups, _, biased, seed = case
-    rng = np.random.default_rng(seed)
-    rank = len(shape) - 2
-    tensors = {"W": draw(rng, *shape)} | ({"b": draw(rng, shape[0])} if biased else {})
-    dims = ",".join("?" * (rank + 2))
-    proto = model(
-        f"y = Conv<{text}>({', '.join(['x', *tensors])})", f"float[{dims}] x", f"float[{dims}] y", tensors
-    )
-    x = draw(rng, 2, shape[1] * groups, *(7, 6, 5)[:rank])
+    proto, tensors, x = one_conv(text, shape, groups, biased=biased, seed=seed)
     weight, _, seen, _ = seen_of(proto, [{"x": x}], 2)
     (y,) = run(proto, {"x": x})
     bias = tensors["b"] if biased else np.zeros(shape[0], np.float32)

@@ -10,8 +10,6 @@ of its own. The recipe's atoms are the most that fit: chosen by bytes, never by 
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -19,20 +17,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 from common import (
+    arguments,
     cached,
     classifiers,
     commit,
     evaluate,
-    into,
     json_of,
+    machine,
     markdown,
     megabytes,
     onnxdp,
     say,
     sha256,
+    tell,
 )
+
+from onnxdp import weights
+from onnxdp.model import read
+from onnxdp.records import Weight
 
 TARGETS = {
     "cifar10_resnet20": ("44.28%", "2", "3", "4"),
@@ -53,7 +56,8 @@ METHODS = {
     "ours": "--method dp",
 }
 TITLES = {"float16": "float16 alone", "svd": "plain SVD", "recipe": "published recipe", "ours": "**onnxdp**"}
-BLOCK = 288
+BYTES_ALONE = ("--dry-run", "--samples", "16")
+"""Options under which the bytes of fixed atoms are counted quickly."""
 
 
 def bytes_of(target: str, nbytes: int) -> int:
@@ -75,47 +79,56 @@ def compress(model: Path, out: Path, options: Sequence[str]) -> dict[str, Any] |
     return {"seconds": round(ran.seconds, 2), "report": json_of(ran)}
 
 
-def guess(model: Path, budget: int) -> int:
-    """Guess, from shapes alone, the atoms per 288-row block that fill the budget."""
-    tensors = [t for t in onnx.load(str(model)).graph.initializer if len(t.dims) >= 2]
-    shapes = []
-    for t in tensors:
-        outputs, inputs = t.dims[0], 1
-        for d in t.dims[1:]:
-            inputs *= d
-        shapes.append((inputs, outputs, max(1, round(inputs / BLOCK))))
-    rest = model.stat().st_size - sum(4 * m * n for m, n, _ in shapes)
-    for atoms in range(1, BLOCK):
-        if rest + sum(2 * min(m * n, atoms * (m + n * parts)) for m, n, parts in shapes) > budget:
-            return max(1, atoms - 1)
-    return BLOCK
-
-
 def most_atoms(model: Path, budget: int, options: Sequence[str]) -> int | None:
-    """Search the largest number of atoms, one for all layers, whose file is within the budget."""
-    least, beyond = 0, BLOCK + 1
-    trial, step = guess(model, budget), 1
+    """Search the largest number of atoms, one for all layers, whose file is within the budget.
+
+    Bytes follow from shapes and not from the probes, so that few of them do; from one dry run those of any
+    other number of atoms are foreseen, and those that matter are then counted.
+    """
+    shapes = {w.name: w for w in weights.find(read(model).ir).weights}
+    parts: dict[str, int] = {}
+    least, beyond, trial = 0, 2, 1
     while beyond - least > 1:
-        made = compress(model, Path("unused.onnx"), [*options, "--atoms", str(trial), "--dry-run"])
+        made = compress(model, Path("unused.onnx"), [*options, "--atoms", str(trial), *BYTES_ALONE])
         nbytes = made["report"]["target"]["nbytes"] if made else 0
         say(f"  {model.stem}: {trial} atoms, {nbytes:,} of {budget:,} bytes")
-        fits = made is not None and nbytes <= budget
-        least, beyond = (trial, beyond) if fits else (least, trial)
-        # Leap from the guess until it is bracketed, then halve.
-        leap = trial + step if fits else trial - step
-        trial = leap if least < leap < beyond else (least + beyond) // 2
-        step *= 2
-    return least or None
+        if made is None or (nbytes > budget and trial == 1):
+            return None
+        if trial == 1:
+            parts = {c["weight"]: c["params"]["parts"] for c in pairs(made["report"])}
+            beyond = 1 + max(min(shapes[n].inputs // p, shapes[n].outputs) for n, p in parts.items())
+        least, beyond = (trial, beyond) if nbytes <= budget else (least, trial)
+        rest = nbytes - sum(stored(shapes[n], p, trial) for n, p in parts.items())
+        fitting = [
+            n
+            for n in range(least + 1, beyond)
+            if rest + sum(stored(shapes[w], p, n) for w, p in parts.items()) <= budget
+        ]
+        trial = max(fitting, default=least + 1)
+    return least
+
+
+def pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices of a report that are dictionary pairs."""
+    return [c for c in report["plan"]["choices"] if c["method"] == "dp"]
+
+
+def stored(weight: Weight, parts: int, atoms: int) -> int:
+    """Return the bytes of a weight with so many float16 atoms a block, or of float16 where that is less."""
+    rows = weight.inputs // parts
+    pair = 2 * weight.groups * parts * min(atoms, rows, weight.outputs) * (rows + weight.outputs)
+    return pair if pair < weight.nbytes else min(2 * weight.size, weight.nbytes)
 
 
 def cell(model: Path, target: str, method: str, options: str, limit: int | None) -> dict[str, Any]:
     """Fill one cell."""
     budget = bytes_of(target, model.stat().st_size)
     words = shlex.split(options)
-    if method not in ("float16", "recipe"):  # the one has one size, the other a number of atoms
+    fixed = method.startswith("recipe")
+    if method != "float16" and not fixed:  # the one has one size, the other a number of atoms
         words += ["--size", str(budget)]
     row: dict[str, Any] = {"model": model.stem, "target": target, "budget": budget, "method": method}
-    if method == "recipe":
+    if fixed:
         atoms = most_atoms(model, budget, words)
         if atoms is None:
             return {**row, "reached": False}
@@ -134,7 +147,7 @@ def cell(model: Path, target: str, method: str, options: str, limit: int | None)
         "options": shlex.join(words),
         "seconds": made["seconds"],
         "output_error": max((o["relative"] for o in verification["outputs"]), default=None),
-        "pairs": sum(c["method"] == "dp" for c in made["report"]["plan"]["choices"]),
+        "pairs": len(pairs(made["report"])),
         "commit": commit(),
         **{
             k: found[k]
@@ -201,9 +214,7 @@ def long(cells: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Fill the cells that were asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, kept="cells")
     add = parser.add_argument
     add(
         "--models",
@@ -212,30 +223,15 @@ def main() -> int:
         metavar="NAME",
         help="parts of file names; default: all classifiers",
     )
-    add(
-        "--targets",
-        "--ratios",
-        nargs="+",
-        metavar="T",
-        help="3 (ratio), 14.9MB, or 44.28%% (fewer bytes); default: each model's own",
+    told = "3 (ratio), 14.9MB, or 44.28%% (fewer bytes); default: each model's own"
+    add("--targets", "--ratios", nargs="+", metavar="T", help=told)
+    add("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), help="default: all")
+    told = (
+        "another column: options of onnxdp compress, such as 'blocks=--method dp --partition 288'; "
+        "one named recipe... gets the most atoms that fit"
     )
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
-    add(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME=OPTIONS",
-        help="another column: options of onnxdp compress, such as 'blocks=--method dp --partition 288'",
-    )
+    add("--variant", action="append", default=[], metavar="NAME=OPTIONS", help=told)
     add("--limit", type=int, metavar="N", help="evaluate on the first N pictures only")
-    add(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keep cells here; one made by the same sources is not made again",
-    )
-    add("--json", action="store_true", help="print the cells as JSON instead of tables")
-    add("--readme", type=Path, metavar="FILE", help="also put the comparing table into this file's gap")
     asked = parser.parse_args()
     variants = dict(v.split("=", 1) for v in asked.variant)
     methods = {**{m: METHODS[m] for m in asked.methods}, **variants}
@@ -253,15 +249,11 @@ def main() -> int:
                 )
                 budget = bytes_of(target, model.stat().st_size)
                 cells.append({**found, "target": target, "budget": budget})
-    if asked.json:
-        print(json.dumps(cells, indent=1))
-        return 0
     table = wide(cells, list(methods))
-    note = f"Points of top-1 lost, ± one standard error of the paired difference; commit {commit()}."
+    note = f"Points of top-1 lost, ± one standard error of the paired difference; one run each; {machine()}."
     if any(c["reached"] and not c["pairs"] and c["method"] != "float16" for c in cells):
         note += " † holds no dictionary pair: the bytes are reached by float16 alone."
-    print(f"{table}\n\n{note}\n\n{long(cells)}")
-    into(asked.readme, "accuracy", f"{table}\n\n{note}")
+    tell(asked, "accuracy", cells, f"{table}\n\n{note}", long(cells))
     return 0
 
 

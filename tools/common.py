@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,27 @@ def shared() -> Path:
     return folder
 
 
+def arguments(doc: str | None, kept: str = "") -> argparse.ArgumentParser:
+    """Return a parser of what every measuring tool takes; ``kept`` names what its --cache keeps."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    if kept:
+        told = f"keep {kept} here; one made by the same sources is not made again"
+        add("--cache", type=Path, metavar="FOLDER", help=told)
+    add("--json", action="store_true", help="print what was measured as JSON instead of tables")
+    add("--readme", type=Path, metavar="FILE", help="also put the first table into this file's gap")
+    return parser
+
+
+def tell(asked: argparse.Namespace, gap: str, rows: Sequence[Any], text: str, *more: str) -> None:
+    """Print rows as JSON, or the text, which also goes into the gap of --readme, and what more there is."""
+    if asked.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("\n\n".join([text, *more]))
+        into(asked.readme, gap, text)
+
+
 def classifiers(names: Sequence[str] = ()) -> list[Path]:
     """Return the classifiers whose file name contains one of the names; all without names."""
     found = sorted((shared() / "data" / "models").glob("*.onnx"))
@@ -36,6 +60,25 @@ def classifiers(names: Sequence[str] = ()) -> list[Path]:
     if not chosen:
         sys.exit(f"No model is named like {', '.join(names)}; there are {', '.join(p.stem for p in found)}.")
     return chosen
+
+
+def files(names: Iterable[str], folder: Path, *, small: bool = False) -> Iterable[Path]:
+    """Yield model files: as named, built into the folder where the name is a builder's, else classifiers."""
+    sys.path.insert(0, str(MODELS))
+    from builders import BUILDERS
+
+    for name in names:
+        if name.endswith(".onnx"):
+            yield Path(name)
+        elif name in BUILDERS:
+            say(f"building {name}")
+            out = folder / f"{name}.onnx"
+            made = run([sys.executable, MODELS / "builders.py", name, out, *(["--small"] if small else [])])
+            if made.code:
+                sys.exit(f"{name} was not built: {made.sentence}")
+            yield out
+        else:
+            yield from classifiers([name])
 
 
 @dataclass(frozen=True)
@@ -135,6 +178,15 @@ def commit() -> str:
         [*git, "status", "--porcelain", "onnxdp", "passes"], capture_output=True, text=True
     ).stdout.strip()
     return f"{name}{'+' if dirty else ''}" if name else "unknown"
+
+
+def machine() -> str:
+    """Return what a measurement ran on: processor, cores, ONNX Runtime, the commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.machine())
+    onnxruntime = metadata.version("onnxruntime")
+    return f"{os.cpu_count()} cores ({name}), ONNX Runtime {onnxruntime}; commit {commit()}"
 
 
 def cached(folder: Path | None, key: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

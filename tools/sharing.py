@@ -9,8 +9,6 @@ Exit 1 where automatic is worse than either.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -19,35 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from common import MODELS, cached, classifiers, commit, into, json_of, markdown, onnxdp, run, say, sha256
+from common import arguments, cached, files, json_of, machine, markdown, onnxdp, say, sha256, tell
 
 DEFAULT = ("imagenet_resnet18_large_ktb", "cifar10_googlenet_narrow", "transformer")
 WAYS = {"shared": ("--shared",), "no-shared": ("--no-shared",), "auto": ()}
 SLACK = 1.0005
 """Errors are measured in float32: no difference within this factor is one."""
-
-
-def builders() -> list[str]:
-    """Return the models that models/builders.py can make."""
-    sys.path.insert(0, str(MODELS))
-    from builders import BUILDERS
-
-    return list(BUILDERS)
-
-
-def files(names: Iterable[str], folder: Path, *, small: bool) -> Iterable[Path]:
-    """Yield the model files: built where the name is a builder's, else from ../shared/data/models."""
-    for name in names:
-        if name.endswith(".onnx"):
-            yield Path(name)
-        elif name in builders():
-            out = folder / f"{name}.onnx"
-            made = run([sys.executable, MODELS / "builders.py", name, out, *(["--small"] if small else [])])
-            if made.code:
-                raise RuntimeError(made.sentence)
-            yield out
-        else:
-            yield from classifiers([name])
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
@@ -127,27 +102,12 @@ def worse(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure, and say where automatic was worse."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, kept="rows")
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=DEFAULT,
-        metavar="NAME",
-        help="files, parts of classifiers' names, or builders",
-    )
+    told = "files, parts of classifiers' names, or builders"
+    add("--models", nargs="+", default=DEFAULT, metavar="NAME", help=told)
     add("--ratio", type=float, default=3.0, help="default: %(default)s")
     add("--small", action="store_true", help="build small models")
-    add(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keep rows here; one made by the same sources is not made again",
-    )
-    add("--json", action="store_true", help="print the rows as JSON instead of a table")
-    add("--readme", type=Path, metavar="FILE", help="also put the table into this file's gap")
     asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="built-") as folder:
@@ -156,21 +116,17 @@ def main() -> int:
                 say(f"{path.stem} {way}")
                 key = ["sharing", sha256(path), way, asked.ratio]
                 rows.append(cached(asked.cache, key, lambda p=path, w=way: measure(p, w, asked.ratio)))
-    if asked.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        headers = [
-            "model",
-            "way",
-            "bytes",
-            "output error",
-            "weights that share",
-            "initializers that serve several",
-        ]
-        table = markdown([*headers, "latency ×", "s"], [line(r) for r in rows])
-        note = f"`--method dp --ratio {asked.ratio:g}`; commit {commit()}."
-        print(f"{table}\n\n{note}")
-        into(asked.readme, "sharing", f"{table}\n\n{note}")
+    headers = [
+        "model",
+        "way",
+        "bytes",
+        "output error",
+        "weights that share",
+        "initializers that serve several",
+    ]
+    table = markdown([*headers, "latency ×", "s"], [line(r) for r in rows])
+    note = f"`--method dp --ratio {asked.ratio:g}`; {machine()}."
+    tell(asked, "sharing", rows, f"{table}\n\n{note}")
     for model in worse(rows):
         say(f"automatic is worse than another way on {model}")
     return 1 if worse(rows) else 0

@@ -10,7 +10,6 @@ should not be above dpl, and dpl within 2 % of it after 20 rounds; exit 1 where 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import classifiers, commit, into, markdown, say
+from common import arguments, classifiers, machine, markdown, say, tell
 
 from onnxdp import arrays, model, probes, runtime, stats, weights
 from onnxdp.errors import SetupError
@@ -158,41 +157,23 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Compare, and exit 1 where a promise does not hold."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=["resnet18", "efficientnet"],
-        metavar="NAME",
-        help="parts of file names",
-    )
+    names = ["resnet18", "efficientnet"]
+    add("--models", nargs="+", default=names, metavar="NAME", help="parts of file names")
     add("--atoms", type=int, metavar="N", help="atoms of every layer; default: half of its smaller side")
     add("--rounds", type=int, default=20, metavar="N", help="of dpl; default: %(default)s")
     add("--samples", type=int, default=32, metavar="N", help="probe inputs; default: %(default)s")
-    add(
-        "--repeat",
-        type=int,
-        default=1,
-        metavar="N",
-        help="timings of each, the least counts; default: %(default)s",
-    )
+    told = "timings of each, the least counts; default: %(default)s"
+    add("--repeat", type=int, default=1, metavar="N", help=told)
     add("--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda where there is one")
     add("--layers", action="store_true", help="print every layer, too")
-    add("--json", action="store_true", help="print the rows as JSON instead of tables")
-    add("--readme", type=Path, metavar="FILE", help="also put the summary into this file's gap")
     asked = parser.parse_args()
     asked.devices = asked.devices or devices()
     with arrays.one_blas_thread():
         rows = [r for path in classifiers(asked.models) for r in compare(path, asked)]
-    if asked.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        note = f"One layer after the other, one BLAS thread, {asked.rounds} rounds of dpl; commit {commit()}."
-        print("\n\n".join([summary(rows), note, *([by_layer(rows)] if asked.layers else [])]))
-        into(asked.readme, "solvers", f"{summary(rows)}\n\n{note}")
+    note = f"One layer after the other, one BLAS thread, {asked.rounds} rounds of dpl; {machine()}."
+    tell(asked, "solvers", rows, f"{summary(rows)}\n\n{note}", *([by_layer(rows)] if asked.layers else []))
     return 0 if all(1 - 1e-5 <= ratio(r, "dpl") <= 1.02 for r in rows) else 1
 
 

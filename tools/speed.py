@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from common import MODELS, Ran, classifiers, commit, into, markdown, megabytes, run, say, spread
+from common import Ran, arguments, files, machine, markdown, megabytes, run, say, spread, tell
 
 SHRINK_RAY = "onnx-shrink-ray==0.0.11"
 DYNAMIC = """
@@ -46,27 +45,6 @@ def python_with(package: str, folder: Path) -> Path:
         subprocess.run([python, "-m", "pip", "install", "-qq", package], check=True, stdin=subprocess.DEVNULL)
         (folder / "made").touch()
     return python
-
-
-def files(names: Sequence[str], folder: Path) -> list[Path]:
-    """Return the files to compress, built first where the name is a builder's."""
-    sys.path.insert(0, str(MODELS))
-    from builders import BUILDERS
-
-    found = []
-    for name in names:
-        if name.endswith(".onnx"):
-            found.append(Path(name))
-        elif name in BUILDERS:
-            say(f"building {name}")
-            out = folder / f"{name}.onnx"
-            made = run([sys.executable, MODELS / "builders.py", name, out])
-            if made.code:
-                sys.exit(f"{name} was not built: {made.sentence}")
-            found.append(out)
-        else:
-            found += classifiers([name])
-    return found
 
 
 def compress(tool: str, source: Path, room: Path, asked: argparse.Namespace) -> tuple[Ran, Path]:
@@ -142,32 +120,19 @@ def stages(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure in turns."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     add = parser.add_argument
     default = ["imagenet_resnet18_large_ktb", "resnet50", "vgg16"]
-    add(
-        "--models",
-        nargs="+",
-        default=default,
-        metavar="NAME",
-        help="files, parts of classifiers' names, or builders",
-    )
+    told = "files, parts of classifiers' names, or builders"
+    add("--models", nargs="+", default=default, metavar="NAME", help=told)
     add("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="default: all")
     add("--ratio", type=float, default=3.0, help="asked of onnxdp; default: %(default)s")
     add("--options", default="", help="more options of onnxdp compress")
     add("--repeat", type=int, default=3, metavar="N", help="measurements of each; default: %(default)s")
-    default_venv = Path(tempfile.gettempdir()) / "onnxdp-shrink-ray"
-    add(
-        "--venv",
-        type=Path,
-        default=default_venv,
-        help="where onnx-shrink-ray is installed; default: %(default)s",
-    )
+    venv = Path(tempfile.gettempdir()) / "onnxdp-shrink-ray"
+    told = "where onnx-shrink-ray is installed; default: %(default)s"
+    add("--venv", type=Path, default=venv, metavar="FOLDER", help=told)
     add("--room", type=Path, metavar="FOLDER", help="for files in between; default: the system's")
-    add("--json", action="store_true", help="print the measurements as JSON instead of tables")
-    add("--readme", type=Path, metavar="FILE", help="also put the tables into this file's gap")
     asked = parser.parse_args()
     if "onnx-shrink-ray" in asked.tools:
         python_with(SHRINK_RAY, asked.venv)
@@ -178,16 +143,11 @@ def main() -> int:
                 for tool in asked.tools if turn % 2 == 0 else asked.tools[::-1]:
                     say(f"{source.stem} {tool} {turn + 1}/{asked.repeat}")
                     rows.append(measure(source, tool, asked))
-    if asked.json:
-        print(json.dumps(rows, indent=1))
-        return 0
     cells = dict.fromkeys((r["model"], r["tool"]) for r in rows)
     lines = [line([r for r in rows if (r["model"], r["tool"]) == cell]) for cell in cells]
     headers = ["model", "tool", "seconds, min / median / max", "peak, MB", "peak / file", "MB after", "ratio"]
-    note = f"{os.cpu_count()} cores; onnxdp --ratio {asked.ratio:g}; commit {commit()}. Stages of onnxdp:"
-    text = f"{markdown(headers, lines)}\n\n{note}\n\n{stages(rows)}"
-    print(text)
-    into(asked.readme, "speed", text)
+    note = f"onnxdp --ratio {asked.ratio:g}; {machine()}. Stages of onnxdp:"
+    tell(asked, "speed", rows, f"{markdown(headers, lines)}\n\n{note}\n\n{stages(rows)}")
     return 0
 
 

@@ -9,7 +9,6 @@ command ended with anything but 0 (done) or 1 (the answer is no).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from common import cached, commit, into, markdown, megabytes, onnxdp, say, sha256, shared
+from common import arguments, cached, machine, markdown, megabytes, onnxdp, say, sha256, shared, tell
 
 SAMPLES = 3
 
@@ -115,20 +114,10 @@ def line(row: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Go through the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, kept="rows")
     add = parser.add_argument
     add("--files", nargs="+", default=(), metavar="NAME", help="parts of file names; default: all")
     add("--options", default="--method dp --ratio 2", help="of onnxdp compress; default: %(default)s")
-    add(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keep rows here; one made by the same sources is not made again",
-    )
-    add("--json", action="store_true", help="print the rows as JSON instead of a table")
-    add("--readme", type=Path, metavar="FILE", help="also put the table into this file's gap")
     asked = parser.parse_args()
     data = shared() / "data"
     rows = []
@@ -140,14 +129,9 @@ def main() -> int:
         rows.append(
             cached(asked.cache, ["zoo", sha256(path), options], lambda p=path, o=options: outcome(p, o))
         )
-    if asked.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        headers = ["file", "exit", "MB", "ratio", "error, probes", "error, feeds", "latency ×", "s", "said"]
-        table = markdown(headers, [line(r) for r in rows])
-        note = f"`onnxdp compress IN OUT {asked.options}`; commit {commit()}."
-        print(f"{table}\n\n{note}")
-        into(asked.readme, "zoo", f"{table}\n\n{note}")
+    headers = ["file", "exit", "MB", "ratio", "error, probes", "error, feeds", "latency ×", "s", "said"]
+    note = f"`onnxdp compress IN OUT {asked.options}`; {machine()}."
+    tell(asked, "zoo", rows, f"{markdown(headers, [line(r) for r in rows])}\n\n{note}")
     return 0 if all(r["code"] in (0, 1) and not r.get("left") for r in rows) else 1
 
 

@@ -42,6 +42,8 @@ _MAX_FLOPS = 6e10
 """Layouts that take longer to factor (about two seconds) are not tried."""
 _MIN_BLOCK = 8
 """Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which pictures hardly fill."""
+_POINTS = (0.75, 0.5, 0.3)
+"""Shares of the float16 bytes whose candidates' damage is measured first: every curve needs a foot."""
 _LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
 _MAX_MACS = 0.8
@@ -52,6 +54,8 @@ class DictionaryPair:
     """W ~ D C with few atoms."""
 
     name = "dp"
+    sequential = False
+    near = 1.3
 
     def supports(self, weight: Weight) -> str | None:
         """Refuse what has no matrix, or one so thin that a pair never pays."""
@@ -97,6 +101,15 @@ class DictionaryPair:
             raise PlanError(
                 f"{weight.name}: dtype is float16 or float32, run is fold or split; correct them."
             )
+
+    def outline(self, weight: Weight, params: Params) -> Encoded:
+        """Return zeros."""
+        m, n = _block_shape(weight, str(params["axis"]), int(params["parts"]))
+        count, atoms = weight.groups * int(params["parts"]), int(params["atoms"])
+        shared = {"atoms": str(params["dictionary"])} if "dictionary" in params else {}
+        dtype = str(params["dtype"])
+        factors = {"atoms": np.zeros((count, m, atoms), dtype), "codes": np.zeros((count, atoms, n), dtype)}
+        return Encoded(weight.name, self.name, dict(params), factors, 0.0, shared)
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
@@ -189,6 +202,20 @@ class _Pairs:
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         return [c for layout in self._layouts.values() for c in self._of_layout(layout)]
+
+    def points(self) -> Sequence[tuple[Candidate, ...]]:
+        candidates = self.candidates()
+        whole = sum(2 * w.size for w in self._weights)
+        nearest = [
+            min(candidates, key=lambda own: abs(sum(c.nbytes for c in own) - share * whole))
+            for share in _POINTS
+            if candidates
+        ]
+        return list({id(own): own for own in nearest}.values())
+
+    def ready(self, params: Sequence[Params]) -> bool:
+        layout = self._layouts.get((str(params[0]["axis"]), int(params[0]["parts"])))
+        return layout is not None and int(params[0]["atoms"]) <= layout.factored.energies.shape[-1]
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         first = params[0]

@@ -44,6 +44,11 @@ class Task:
     tensor: Array
     samples: Array | None
     splittable: bool
+    bits: float = 16.0
+    """What the target leaves each number, on average; 16 where it does not say."""
+    lack: Array | None = None
+    """(groups, samples, outputs): what the outputs should be beyond ``samples @ W``, scaled as the samples;
+    given to sequential forms, which make W move towards it (method.md 1.3)."""
 
 
 class Solved(Protocol):
@@ -51,6 +56,12 @@ class Solved(Protocol):
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         """Return the ways to store the task's weights; each holds one candidate per task."""
+
+    def points(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return some of the candidates, spread over those the target may need: they are measured first."""
+
+    def ready(self, params: Sequence[Params]) -> bool:
+        """Whether the arrays of a candidate need no samples any more."""
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         """Return the arrays of one of the candidates, named by its params."""
@@ -61,6 +72,11 @@ class Form(Protocol):
     """A method: how weights are stored."""
 
     name: str
+    sequential: bool
+    """Whether weights are always encoded again in the compressed network, one after the other."""
+
+    near: float
+    """A damage measured at one squared error speaks for candidates whose own is within this factor."""
 
     def supports(self, weight: Weight) -> str | None:
         """Return None, or why this weight cannot be stored so."""
@@ -70,6 +86,9 @@ class Form(Protocol):
 
     def check(self, weight: Weight, params: Params) -> None:
         """Refuse params (of a plan edited by hand) that mean nothing, with a PlanError."""
+
+    def outline(self, weight: Weight, params: Params) -> Encoded:
+        """Return arrays of the right types and shapes, whatever their values: enough to count bytes."""
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
@@ -131,6 +150,6 @@ def load(name: str) -> Form:
 
 
 def forms_for(method: str) -> tuple[Form, ...]:
-    """Return the forms a method name stands for; ``auto`` is the best of what is built, today ``dp``."""
-    name = "dp" if method == "auto" else method
+    """Return the forms a method name stands for; ``auto`` is the best of what is built, today ``quant``."""
+    name = "quant" if method == "auto" else method
     return tuple(load(n) for n in dict.fromkeys((name, FALLBACK)))

@@ -22,6 +22,8 @@ class Float16:
     """The weight rounded to float16."""
 
     name = "float16"
+    sequential = False
+    near = 1.3
 
     def supports(self, weight: Weight) -> str | None:
         """Refuse what is that small already."""
@@ -37,6 +39,10 @@ class Float16:
         """There is nothing to choose."""
         if params:
             raise PlanError(f"{weight.name}: float16 takes no parameter, so {dict(params)} must go.")
+
+    def outline(self, weight: Weight, params: Params) -> Encoded:
+        """Return zeros."""
+        return Encoded(weight.name, self.name, {}, {"half": np.zeros(weight.shape, np.float16)}, 0.0)
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
@@ -77,6 +83,12 @@ class _Rounded:
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         return self._candidates
+
+    def points(self) -> Sequence[tuple[Candidate, ...]]:
+        return self._candidates
+
+    def ready(self, params: Sequence[Params]) -> bool:
+        return True
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         if not self._candidates:

@@ -1,0 +1,252 @@
+"""Integers of few levels packed as digits into words, and the operators that unpack them.
+
+A word holds ``digits`` numbers ``0 .. levels - 1``: ``word = d0 + d1 L + d2 L^2 + ...``. Gather takes them
+out of a table of all words, or of all parts of a word that Div and Mod cut out of a longer one. The rows of
+the table hold centred integers (-1 0 1; -3 -1 1 3), so nothing has to be subtracted from as many numbers as
+the weight has; they are bytes, which keeps the memory small that ONNX Runtime needs while it folds all this.
+
+References
+----------
+runtime.md section 2: designs compared, and why none uses DequantizeLinear or arithmetic in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp.build import TERSE, Builder, nbytes
+from onnxdp.records import Array
+
+BITS = {"uint8": 8, "uint16": 16, "uint32": 32}
+_ROWS = 1 << 16
+"""Of a table, at most."""
+_BLOCK = 1 << 20
+"""Words that are packed at a time, to hold no second copy of a large weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How many digits go into which word.
+
+    Attributes
+    ----------
+    levels : int
+        L, 2 to 255; even numbers up to 128 only, see :func:`unit`.
+    word : str
+        ``uint8``, ``uint16`` or ``uint32``.
+    digits : int
+        Numbers per word, the low digit first; the last word is filled up with digit 0.
+    """
+
+    levels: int
+    word: str
+    digits: int
+
+    def __post_init__(self) -> None:
+        unit(self.levels)
+        if self.word not in BITS or self.digits < 1 or self.levels**self.digits > 1 << BITS[self.word]:
+            raise ValueError(f"{self.digits} digits of {self.levels} levels do not fit into {self.word}.")
+
+    @classmethod
+    def best(cls, levels: int, size: int, opset: int, *, first: bool = True) -> Packing:
+        """Choose what adds the fewest bytes to the file for ``size`` numbers; of equals the shortest word.
+
+        ``first`` tells whether the table is drawn for this weight, or for another one already.
+        """
+        if size < 1:
+            raise ValueError("There is nothing to pack.")
+        least: tuple[int, int, int] | None = None
+        chosen = None
+        for packing in sorted(offered(levels, opset), key=lambda p: p.nbytes(size)):
+            if least and packing.nbytes(size) > least[0]:
+                break  # the words alone are more
+            key = packing.cost(size, opset, first=first), BITS[packing.word], -packing.digits
+            if least is None or key < least:
+                least, chosen = key, packing
+        assert chosen is not None  # one digit a word is always offered
+        return chosen
+
+    def nbytes(self, size: int) -> int:
+        """Bytes of the words of ``size`` numbers."""
+        return -(-size // self.digits) * (BITS[self.word] // 8)
+
+    def cost(self, size: int, opset: int, *, first: bool = True) -> int:
+        """Bytes of a file that words, what decodes them and (where ``first``) their table take.
+
+        To some bytes: the weight has a name of one character and two dimensions.
+        """
+        return self.nbytes(size) + _decoding(self, opset, size % self.digits > 0, first)
+
+    def pack(self, digits: Array) -> Array:
+        """Pack numbers ``0 .. levels - 1``, uint8 (size,), into words, (words,).
+
+        Raises
+        ------
+        ValueError
+            A number is no digit.
+        """
+        if digits.size and (digits.max() >= self.levels or digits.min() < 0):
+            raise ValueError(f"{digits.min()} .. {digits.max()} are not all digits of {self.levels} levels.")
+        word = np.dtype(self.word)
+        words = np.empty(-(-digits.size // self.digits), word)
+        for first in range(0, len(words), _BLOCK):
+            block = words[first : first + _BLOCK]
+            given = digits[first * self.digits : (first + len(block)) * self.digits]
+            if given.size < len(block) * self.digits:
+                given = np.pad(given, (0, len(block) * self.digits - given.size))
+            rows = given.reshape(-1, self.digits)
+            block[:] = rows[:, -1]
+            for j in reversed(range(self.digits - 1)):
+                block *= word.type(self.levels)
+                block += rows[:, j].astype(word, copy=False)
+        return words
+
+    def unpack(self, words: Array, size: int) -> Array:
+        """Give the numbers back, uint8 (size,)."""
+        rows = np.empty((len(words), self.digits), np.uint8)
+        base = words.dtype.type(self.levels)
+        for first in range(0, len(words), _BLOCK):
+            left = words[first : first + _BLOCK]
+            for j in range(self.digits):
+                left, rows[first : first + _BLOCK, j] = np.divmod(left, base)
+        return rows.reshape(-1)[:size]
+
+
+def unit(levels: int) -> float:
+    """Return the step of the grid in terms of the decoded integers' own: 1 where they are consecutive.
+
+    They are ``k - (L - 1) / 2`` for an odd number of levels, and ``2 k - (L - 1)``, all odd, for an even one.
+
+    Raises
+    ------
+    ValueError
+        The integers would not fit into int8: an even number of levels above 128, or any above 255.
+    """
+    if not 2 <= levels <= 255 or (levels % 2 == 0 and levels > 128):
+        raise ValueError(f"{levels} levels are not offered: 2 to 128 are, and odd numbers up to 255.")
+    return 1.0 if levels % 2 else 0.5
+
+
+def offered(levels: int, opset: int) -> tuple[Packing, ...]:
+    """Return every number of digits, each in the shortest word that holds it."""
+    unit(levels)  # refuses what there is not
+    bits = 32 if opset >= 10 else 16  # Mod is that old
+    count = next(k for k in range(1, bits + 1) if levels ** (k + 1) > 1 << bits)
+    words = {k: next(w for w, b in BITS.items() if levels**k <= 1 << b) for k in range(1, count + 1)}
+    return tuple(Packing(levels, word, k) for k, word in words.items())
+
+
+def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -> ir.Value:
+    """Draw what decodes the words: a float32 value of ``shape`` with the centred integers of :func:`unit`."""
+    size, float32 = prod(shape), int(ir.DataType.FLOAT)
+    if packing.digits == 1:
+        held = build.constant("words", centred(packing.levels)[words].reshape(shape))
+        return build.node("Cast", [held], "integers", to=float32)
+    value = rows(build, packing, words)
+    if size % packing.digits:
+        value = _head(build, build.reshape(value, [-1], "flat"), 0, size)
+    if len(shape) != 1 or not size % packing.digits:
+        value = build.reshape(value, shape, "shaped")
+    return build.node("Cast", [value], "integers", to=float32)
+
+
+def centred(levels: int) -> Array:
+    """Return what the digits 0 .. levels - 1 decode to, int8."""
+    step = 1 if levels % 2 else 2
+    return (step * np.arange(levels) - step * (levels - 1) // 2).astype(np.int8)
+
+
+def rows(build: Builder, packing: Packing, words: Array) -> ir.Value:
+    """Draw the digits of each word as a row, int8."""
+    levels, count = packing.levels, packing.digits
+    length, parts = _parts(packing)
+    int32 = int(ir.DataType.INT32)
+    if parts == 1:
+        held = build.node("Cast", [build.constant("words", words)], "rows", to=int32)
+        return build.node("Gather", [_table(build, levels, count), held], "digits")
+    places = np.array([[levels ** (length * i) for i in range(parts)]], np.uint32)
+    value = build.constant("words", words.reshape(-1, 1))
+    value = build.node("Div", [value, build.integers(places)], "shifted")
+    value = build.node("Mod", [value, build.integers(np.array(levels**length, np.uint32))], "parts")
+    value = build.node("Cast", [value], "rows", to=int32)
+    value = build.node("Gather", [_table(build, levels, length), value], "digits")
+    if parts * length == count:
+        return value
+    return _head(build, build.reshape(value, [0, -1], "digits"), 1, count)
+
+
+def grid(build: Builder, levels: int) -> ir.Value:
+    """Draw what single digits decode to, (levels,) int8, once for all weights."""
+    return build.outer.constant("x1", centred(levels), f"{TERSE}.L{levels}")
+
+
+def _parts(packing: Packing) -> tuple[int, int]:
+    """Return (digits, number) of the parts of a word whose values a table can list: few, then short ones."""
+    longest = next(m for m in range(1, 17) if packing.levels ** (m + 1) > _ROWS)
+    parts = -(-packing.digits // longest)
+    return -(-packing.digits // parts), parts
+
+
+def _head(build: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
+    """Keep the first ``count`` along an axis; axis 0 is the only one."""
+    if build.opset < 10:
+        return build.node("Slice", [value], "head", axes=[axis], starts=[0], ends=[count])
+    axes = [build.ints([axis])] if axis else []
+    return build.node("Slice", [value, build.ints([0]), build.ints([count]), *axes], "head")
+
+
+def _table(build: Builder, levels: int, digits: int) -> ir.Value:
+    """Draw the table of all words of so many digits, (L^digits, digits) int8, once for all weights."""
+    outer = build.outer
+    form = _generated if _generates(levels, digits, build.opset) else _stored
+    return outer.once(f"table {levels} {digits}", lambda: form(outer, levels, digits))
+
+
+@cache
+def _generates(levels: int, digits: int, opset: int) -> bool:
+    """Whether the table is fewer bytes of file as nodes (Range is as old as opset 11)."""
+    if opset < 11:
+        return False
+    made = nbytes(opset, lambda build: _generated(build, levels, digits))
+    return made < nbytes(opset, lambda build: _stored(build, levels, digits))
+
+
+def _stored(build: Builder, levels: int, digits: int) -> ir.Value:
+    numbers = np.arange(levels**digits)[:, None] // levels ** np.arange(digits) % levels
+    return build.constant(f"x{digits}", centred(levels)[numbers], f"{TERSE}.L{levels}")
+
+
+def _generated(build: Builder, levels: int, digits: int) -> ir.Value:
+    """Take the numbers 0, 1, ... apart, in int32, which runtimes divide alike."""
+    scalars = (build.integers(np.array(n, np.int32)) for n in (0, levels**digits, 1))
+    numbers = build.node("Range", list(scalars), "numbers")
+    places = np.array([[levels**j] for j in range(digits)], np.int32)
+    value = build.node("Div", [numbers, build.integers(places)], "shifted")
+    value = build.node("Mod", [value, build.integers(np.array(levels, np.int32))], "digits")
+    value = build.node("Gather", [grid(build, levels), value], "centred")
+    return build.node("Transpose", [value], "table")  # last to first: without perm it turns a matrix
+
+
+@cache
+def _decoding(packing: Packing, opset: int, padded: bool, first: bool) -> int:
+    """Bytes of everything but the words."""
+    words = np.zeros(99, packing.word)
+    size = 99 * packing.digits - padded
+
+    def one(build: Builder) -> None:
+        draw(build, packing, words, (size, 1))
+
+    def two(build: Builder) -> None:
+        one(build)
+        draw(build, packing, words[1:], (1, size - packing.digits))
+
+    alone = nbytes(opset, one)
+    if first:
+        return alone - words.nbytes
+    return nbytes(opset, two) - alone - words[1:].nbytes

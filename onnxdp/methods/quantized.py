@@ -1,0 +1,304 @@
+"""Rounded weights: few levels and one step per output, packed into words and decoded when a session is made.
+
+    W' = s (k - (L - 1) / 2),    k = 0 .. L - 1 packed as base-L digits,    s in float16, one per output
+
+References
+----------
+prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md section 2: packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxdp import arrays, weights
+from onnxdp.build import Builder, half_of
+from onnxdp.errors import PlanError
+from onnxdp.methods import packing, streams
+from onnxdp.methods.form import Solved, Task
+from onnxdp.methods.packing import Packing
+from onnxdp.methods.rounding import Curvature, Rounded, round_weights
+from onnxdp.methods.streams import Part
+from onnxdp.records import Array, Candidate, Encoded, Params, Weight
+from onnxdp.settings import Settings
+from onnxdp.weights import Reader
+
+LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255)
+"""The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
+
+DAMPING = (0.1, 0.3)
+"""Added to the diagonal of H, over its mean: a + b * inputs / samples: made-up inputs are not the real ones."""
+
+ALPHA = 1.0
+"""Share of the way that a weight moves towards what its outputs lack."""
+_MANY = 64
+"""Columns from which the halves are rounded side by side."""
+_MOST_INPUTS = 6144
+"""Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
+
+_OPSET = 17
+"""Operator set that bytes are counted for; a file's own may pack a little worse."""
+
+_PER_ROW = {"Gather": (0,), "ConvTranspose": (1,), "LSTM": (0, 1), "GRU": (0, 1), "RNN": (0, 1)}
+"""Axes along which weights that are no matrix of one product have steps of their own; the first elsewhere."""
+
+
+class Quantized:
+    """Few levels, packed."""
+
+    name = "quant"
+    sequential = True
+    near = 3.0
+
+    def supports(self, weight: Weight) -> str | None:
+        """Refuse nothing: every weight has numbers."""
+        return None
+
+    def cost(self, weight: Weight, params: Params) -> int:
+        """Bytes of the words and of the steps; the table of a number of levels is all weights' together."""
+        levels = int(params["levels"])
+        return Packing.best(levels, weight.size, _OPSET).nbytes(weight.size) + 2 * _columns(weight)
+
+    def check(self, weight: Weight, params: Params) -> None:
+        """Refuse what is no number of levels."""
+        if set(params) != {"levels"} or params["levels"] not in LEVELS:
+            raise PlanError(f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}.")
+
+    def groups(
+        self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
+    ) -> Sequence[tuple[str, ...]]:
+        """Share nothing but tables."""
+        return ()
+
+    def outline(self, weight: Weight, params: Params) -> Encoded:
+        """Return arrays of the right shapes and types."""
+        packed = Packing.best(int(params["levels"]), weight.size, _OPSET)
+        words = packed.pack(np.zeros(weight.size, np.uint8))
+        scale = np.ones(_columns(weight), np.float16)
+        return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)
+
+    def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
+        """Round to a few numbers of levels; what the others lose lies between."""
+        return _Roundings(tasks[0], device)
+
+    def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
+        """Round with care."""
+        return _Problem.of(task, device).encoded(
+            task, int(params["levels"]), tries=3, sweeps=3, device=device
+        )
+
+    def decode(self, weight: Weight, encoded: Encoded) -> Array:
+        """Unpack and multiply by the steps."""
+        levels = int(encoded.params["levels"])
+        packed = Packing.best(levels, weight.size, _OPSET)
+        digits = packed.unpack(encoded.arrays["words"], weight.size).reshape(_stored(weight))
+        value = digits.astype(np.float32)
+        value -= (levels - 1) / 2
+        value *= _beside(weight, encoded.arrays["scale"].astype(np.float32))
+        return value.reshape(weight.shape)
+
+    def emit(
+        self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
+    ) -> ir.Value | None:
+        """Draw the table's digits times the steps, in float32, gone when the session is made."""
+        levels = int(encoded.params["levels"])
+        packed, here = (Packing.best(levels, weight.size, o) for o in (_OPSET, build.opset))
+        words = encoded.arrays["words"]
+        if here != packed:
+            words = here.pack(packed.unpack(words, weight.size))
+        steps = encoded.arrays["scale"].astype(np.float32) * np.float32(packing.unit(levels))
+        half = encoded.arrays["scale"].dtype == np.float16
+        return streams.draw(build, Part(weight, here, words, _stored(weight), _beside(weight, steps), half))
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What rounding one weight minimises, factored once for all numbers of levels."""
+
+    curvature: Curvature
+    parts: int
+
+    @classmethod
+    def of(cls, task: Task, device: str) -> _Problem:
+        """Form the second moment of what the weight sees; without samples, the plain norm."""
+        if task.samples is None or not _is_matrix(task.weight):
+            inputs = task.weight.size // _columns(task.weight)
+            return cls(Curvature.flat(inputs, arrays.to_device(np.zeros(1, np.float32), device)), 1)
+        groups, rows, inputs = task.samples.shape
+        parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= _MOST_INPUTS)
+        x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
+        x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
+        xp = arrays.namespace(x)
+        moment = arrays.gram(x)
+        mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
+        mean = xp.where(mean > 0, mean, xp.ones_like(mean))
+        share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
+        return cls(Curvature.of(moment, share * mean), parts)
+
+    def encoded(self, task: Task, levels: int, *, tries: int, sweeps: int, device: str) -> Encoded:
+        """Round and pack."""
+        weight = task.weight
+        host = _matrix(weight, task.tensor).astype(np.float32, copy=False)
+        stack, inputs, outputs = host.shape
+
+        def some(columns: slice) -> Rounded:
+            w = np.ascontiguousarray(host[:, :, columns]).reshape(
+                stack * self.parts, inputs // self.parts, -1
+            )
+            on_device = self._moved(arrays.to_device(w, device), task, columns, device)
+            return round_weights(
+                on_device, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps
+            )
+
+        made = list(arrays.side_by_side(some, _columns_apart(outputs)))
+        digits, scales, errors, energies = (
+            np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
+            for part in ("digits", "scale", "error", "energy")
+        )
+        digits = digits.reshape(stack, inputs, outputs)
+        scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1)
+        lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
+        words = Packing.best(levels, weight.size, _OPSET).pack(_tensor(weight, digits).reshape(-1))
+        return Encoded(
+            weight.name,
+            Quantized.name,
+            {"levels": levels},
+            {"words": words, "scale": _kept(scale, packing.unit(levels))},
+            (max(lost, 0.0) / (whole or 1.0)) ** 0.5,
+        )
+
+    def _moved(self, w: Array, task: Task, columns: slice, device: str) -> Array:
+        """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
+        if task.lack is None or task.samples is None or self.curvature.plain:
+            return w
+        x, y = (arrays.to_device(a, device) for a in (task.samples, task.lack[:, :, columns]))
+        xp = arrays.namespace(w)
+        pull = xp.matrix_transpose(x) @ y
+        return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
+
+
+def _columns_apart(outputs: int) -> list[slice]:
+    """Cut the columns in two where they are many: always, so that threads change no bit."""
+    if outputs < _MANY:
+        return [slice(None)]
+    return [slice(0, outputs // 2), slice(outputs // 2, None)]
+
+
+def _kept(scale: Array, unit: float) -> Array:
+    """Round so that float16 holds the steps and the units that are drawn; float32 where it cannot."""
+    half = half_of(scale * np.float32(unit), additive=True)
+    with np.errstate(over="ignore"):
+        kept = None if half is None else half / np.float16(unit)
+    return kept if kept is not None and np.isfinite(kept).all() else scale
+
+
+class _Roundings:
+    """One weight, rounded to some numbers of levels."""
+
+    def __init__(self, task: Task, device: str) -> None:
+        self._weight = task.weight
+        self._device = device
+        problem = _Problem.of(task, device)
+        self._made = {n: self._quick(task, n, problem) for n in _scan(task.bits)}
+
+    def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return one per number of levels; errors between those tried lie on a line in logarithms."""
+        known = sorted(self._made)
+        steps = np.log([n - 1 for n in known])
+        errors = np.log([max(self._made[n].error, 1e-12) for n in known])
+        return [(self._candidate(n, float(np.exp(_along(np.log(n - 1), steps, errors)))),) for n in LEVELS]
+
+    def points(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return those that were tried."""
+        return [(self._candidate(n, self._made[n].error),) for n in sorted(self._made)]
+
+    def ready(self, params: Sequence[Params]) -> bool:
+        return int(params[0]["levels"]) in self._made
+
+    def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
+        levels = int(params[0]["levels"])
+        if levels not in self._made:
+            self._made[levels] = self._quick(tasks[0], levels, _Problem.of(tasks[0], self._device))
+        return (self._made[levels],)
+
+    def _quick(self, task: Task, levels: int, problem: _Problem) -> Encoded:
+        return problem.encoded(task, levels, tries=1, sweeps=0, device=self._device)
+
+    def _candidate(self, levels: int, error: float) -> Candidate:
+        params = {"levels": levels}
+        return Candidate(
+            self._weight.name, Quantized.name, params, Quantized().cost(self._weight, params), error
+        )
+
+
+def _scan(bits: float) -> tuple[int, ...]:
+    """Return the numbers of levels to try: about what the target leaves each number, and around it."""
+    if bits >= 5:
+        return (6, 16)
+    return (3, 7) if bits >= 3.2 else (2, 5)
+
+
+def _along(x: float, xs: Array, ys: Array) -> float:
+    """Interpolate; beyond the ends errors go as the step does."""
+    if x < xs[0]:
+        return float(ys[0] + xs[0] - x)
+    return float(ys[-1] + xs[-1] - x) if x > xs[-1] else float(np.interp(x, xs, ys))
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return weight.inputs > 1 or weight.op in ("Conv", "Gemm", "MatMul")
+
+
+def _axes(weight: Weight) -> tuple[int, ...]:
+    """Return the axes along which a weight that is no matrix has steps of its own."""
+    axes = _PER_ROW.get(weight.op, (0,))
+    return axes if len(weight.shape) > len(axes) else ()
+
+
+def _columns(weight: Weight) -> int:
+    """Count the steps."""
+    if _is_matrix(weight):
+        return weight.groups * weight.outputs
+    return int(np.prod([weight.shape[a] for a in _axes(weight)], dtype=np.int64))
+
+
+def _matrix(weight: Weight, tensor: Array) -> Array:
+    """Return (stack, inputs, outputs): a column for every step."""
+    if _is_matrix(weight):
+        return weights.blocks(weight, tensor)
+    axes = _axes(weight)
+    return np.moveaxis(tensor, axes, range(-len(axes), 0)).reshape(1, -1, _columns(weight))
+
+
+def _tensor(weight: Weight, stack: Array) -> Array:
+    """Undo :func:`_matrix`."""
+    if _is_matrix(weight):
+        return weights.unblocks(weight, stack)
+    axes = _axes(weight)
+    rest = [d for a, d in enumerate(weight.shape) if a not in axes]
+    moved = stack.reshape(*rest, *(weight.shape[a] for a in axes))
+    return np.moveaxis(moved, range(-len(axes), 0), axes)
+
+
+def _stored(weight: Weight) -> tuple[int, ...]:
+    """Return a shape of the stored numbers in which the steps lie along axes."""
+    if not _is_matrix(weight):
+        return weight.shape
+    rows = weight.groups * weight.outputs
+    if weight.transposed:
+        return weight.shape if weight.shape[0] == rows else (rows, weight.inputs)
+    return (weight.inputs, weight.outputs)
+
+
+def _beside(weight: Weight, scale: Array) -> Array:
+    """Shape the steps so that they meet their numbers."""
+    stored = _stored(weight)
+    if _is_matrix(weight):
+        axes: tuple[int, ...] = (0,) if weight.transposed else (1,)
+    else:
+        axes = _axes(weight)
+    return scale.reshape([d if a in axes else 1 for a, d in enumerate(stored)])

@@ -1,0 +1,293 @@
+"""Round weights to a few levels so that little is lost of what the weight puts out: arrays only.
+
+Minimised, per column of W (inputs x outputs), is ``(w - q)^T H (w - q)`` over ``q = s (k - (L - 1) / 2)``,
+``k = 0 .. L - 1``, with H the second moment of the inputs. All functions take stacks of matrices.
+
+References
+----------
+Frantar et al. 2022 (GPTQ) in the inverse-free form of Chee et al. 2023 (LDLQ): with H = (I + V) D (I + V)^T,
+V strictly upper, row i is rounded after ``V[:i, i]^T (w - q)[:i]`` was added to it. method.md 4.2, 4.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxdp import arrays
+from onnxdp.arrays import Array
+from onnxdp.errors import MethodError
+
+_BLOCK = 48
+"""Rows that are rounded one by one before the rest is told by one matrix product."""
+_SOLVED = 256
+"""Rows that are solved for together."""
+_SCALES = 16
+"""Steps tried for every column by itself, before any is tried with feedback."""
+_SPREAD = 0.2
+"""How far from the best step without feedback steps are tried with it: 1 +- this / sqrt(levels)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """The metric of a stack of problems, factored once for all numbers of levels.
+
+    Attributes
+    ----------
+    moment : array of shape (stack, inputs, inputs), float32
+        H with its damping, rows in processing order.
+    feedback : array of shape (stack, inputs, inputs), float32
+        V of ``H = (I + V) D (I + V)^T``, strictly upper.
+    pivots : array of shape (stack, inputs), float32
+        D: what an error in one row costs when the rows after it make up for it.
+    order : array of shape (stack, inputs), int64
+        Processing order: falling diagonal of H.
+    damping : array of shape (stack,), float32
+    """
+
+    moment: Array
+    feedback: Array
+    pivots: Array
+    order: Array
+    damping: Array
+
+    @classmethod
+    def of(cls, moment: Array, damping: Array) -> Curvature:
+        """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
+
+        Where that is not positive definite in its precision, damping grows until it is.
+
+        Raises
+        ------
+        MethodError
+            ``moment`` holds a value that is not a number, or beyond all bounds.
+        """
+        xp = arrays.namespace(moment)
+        if not bool(xp.all(xp.isfinite(moment))):
+            raise MethodError(
+                "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
+                "give real inputs with --inputs or --calibrate."
+            )
+        order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
+        ordered = _take(_take(moment, order), order, axis=1)
+        one = xp.astype(arrays.eye(moment.shape[-1], moment), moment.dtype)[None, ...]
+        lower = None
+        while lower is None:
+            h = ordered + damping[:, None, None] * one
+            lower = arrays.try_cholesky(xp.flip(h, axis=(-2, -1)))
+            damping = damping if lower is not None else damping * 10
+        upper = xp.flip(lower, axis=(-2, -1))
+        roots = xp.linalg.diagonal(upper)
+        feedback = upper / roots[:, None, :] - one
+        single = xp.float32
+        return cls(
+            xp.astype(h, single),
+            xp.astype(feedback, single),
+            xp.astype(roots**2, single),
+            order,
+            xp.astype(damping, single),
+        )
+
+    @classmethod
+    def flat(cls, inputs: int, like: Array) -> Curvature:
+        """Return the plain norm: all inputs alike and unrelated."""
+        xp = arrays.namespace(like)
+        one = xp.astype(arrays.zeros((1, inputs), like), xp.float32) + 1.0
+        order = xp.argsort(one, axis=-1, stable=True)
+        return cls(one[:, :0, None], one[:, :0, None], one, order, one[:, 0] * 0)
+
+    def solve(self, b: Array) -> Array:
+        """Return ``H^-1 b``, b (stack, inputs, columns) in the weight's own order of rows."""
+        xp = arrays.namespace(b)
+        y = _take(b, self.order) + 0.0
+        starts = range(0, y.shape[1], _SOLVED)
+        for i in reversed(starts):  # (I + V) y = b
+            j = min(i + _SOLVED, y.shape[1])
+            if j < y.shape[1]:
+                y[:, i:j] -= self.feedback[:, i:j, j:] @ y[:, j:]
+            y[:, i:j] = xp.linalg.solve(self._unit(i, j), y[:, i:j])
+        y = y / self.pivots[:, :, None]
+        for i in starts:  # (I + V)^T x = D^-1 y
+            j = min(i + _SOLVED, y.shape[1])
+            if i:
+                y[:, i:j] -= xp.matrix_transpose(self.feedback[:, :i, i:j]) @ y[:, :i]
+            y[:, i:j] = xp.linalg.solve(xp.matrix_transpose(self._unit(i, j)), y[:, i:j])
+        return _take(y, xp.argsort(self.order, axis=-1))
+
+    def _unit(self, i: int, j: int) -> Array:
+        """Return the rows and columns i to j of I + V."""
+        xp = arrays.namespace(self.feedback)
+        part = self.feedback[:, i:j, i:j]
+        return part + xp.astype(arrays.eye(j - i, part), part.dtype)[None, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the plain norm."""
+        return self.moment.shape[1] == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rounded matrices.
+
+    Attributes
+    ----------
+    digits : array of shape (stack, inputs, outputs), uint8
+        k, in the weight's own order of rows.
+    scale : array of shape (stack, outputs), float32
+        The same for all parts of one column.
+    error : array of shape (stack, outputs), float32
+        ``(w - q)^T H (w - q)``, without the damping's share.
+    energy : array of shape (stack, outputs), float32
+        ``w^T H w``, likewise.
+    """
+
+    digits: Array
+    scale: Array
+    error: Array
+    energy: Array
+
+
+def round_weights(
+    w: Array, curvature: Curvature, levels: int, *, parts: int = 1, tries: int = 3, sweeps: int = 3
+) -> Rounded:
+    """Round each column with a scale of its own.
+
+    Parameters
+    ----------
+    w : array of shape (stack, inputs, outputs), float32
+    curvature : Curvature
+    levels : int
+    parts : int
+        Consecutive matrices of the stack that are one matrix, cut between its rows: their columns share a
+        scale, and errors are fed back within a part only.
+    tries : int
+        Scales for which the whole column is rounded, an odd number; the best is kept, once refitted.
+    sweeps : int
+        Rounds of coordinate descent and of refitting the scales.
+
+    Returns
+    -------
+    Rounded
+    """
+    xp = arrays.namespace(w)
+    half = (levels - 1) / 2
+    w = _take(w, curvature.order)
+    hw = _times(curvature, w)
+    first = _first_scale(w, curvature.pivots, levels, parts)
+    wide = _SPREAD / levels**0.5
+    factors = [1 + wide * (2 * t / (tries - 1) - 1) for t in range(tries)] if tries > 1 else [1.0]
+    scale, q, least = first, w, xp.full_like(first, float("inf"))
+    for factor in factors:
+        unit = w / (first * factor)[:, None, :]
+        tried = _nearest(unit, half) if curvature.plain else _feedback(unit, curvature.feedback, half)
+        fitted = _refit(tried, hw, curvature, first * factor, parts)
+        error = _joined(_quadratic(curvature, w - tried * fitted[:, None, :]), parts)
+        hit = error < least
+        least, scale = xp.where(hit, error, least), xp.where(hit, fitted, scale)
+        q = xp.where(hit[:, None, :], tried, q)
+    for _ in range(sweeps):
+        unit = w / scale[:, None, :]
+        q = _nearest(unit, half) if curvature.plain else _sweep(unit, q, curvature.moment, half)
+        scale = _refit(q, hw, curvature, scale, parts)
+    lost = w - q * scale[:, None, :]
+    error = _quadratic(curvature, lost) - curvature.damping[:, None] * xp.sum(lost * lost, axis=1)
+    energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
+    digits = _take(q + half, xp.argsort(curvature.order, axis=-1))
+    return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
+
+
+def _feedback(w: Array, feedback: Array, half: float) -> Array:
+    """Round row after row, each told the errors of those before it; all in units of the step."""
+    xp = arrays.namespace(w)
+    q = xp.empty_like(w)
+    inputs = w.shape[1]
+    for i in range(0, inputs, _BLOCK):
+        j = min(i + _BLOCK, inputs)
+        target = w[:, i:j, :] + 0.0
+        if i:
+            target = target + xp.matrix_transpose(feedback[:, :i, i:j]) @ (w[:, :i, :] - q[:, :i, :])
+        for r in range(i, j):
+            row = _nearest(target[:, r - i, :], half)
+            q[:, r, :] = row
+            if r + 1 < j:
+                lost = w[:, r, :] - row
+                target[:, r - i + 1 :, :] += feedback[:, r, r + 1 : j, None] * lost[:, None, :]
+    return q
+
+
+def _sweep(w: Array, q: Array, moment: Array, half: float) -> Array:
+    """Move every entry once to the level that is best with all others fixed (coordinate descent)."""
+    xp = arrays.namespace(w)
+    q = q + 0.0
+    diagonal = xp.linalg.diagonal(moment)
+    pull = moment @ (w - q)
+    inputs = w.shape[1]
+    for i in range(0, inputs, _BLOCK):
+        j = min(i + _BLOCK, inputs)
+        before = q[:, i:j, :] + 0.0
+        for r in range(i, j):
+            row = _nearest(q[:, r, :] + pull[:, r, :] / diagonal[:, r, None], half)
+            moved = row - q[:, r, :]
+            q[:, r, :] = row
+            pull[:, r:j, :] -= moment[:, r, r:j, None] * moved[:, None, :]
+        if j < inputs:
+            pull[:, j:, :] -= moment[:, j:, i:j] @ (q[:, i:j, :] - before)
+    return q
+
+
+def _first_scale(w: Array, pivots: Array, levels: int, parts: int) -> Array:
+    """Return for each column the step that rounds it best by itself, rows weighted by the pivots."""
+    xp = arrays.namespace(w)
+    half = (levels - 1) / 2
+    top = _joined(xp.max(xp.abs(w), axis=1), parts, xp.max)
+    top = xp.where(top > 0, top, xp.ones_like(top)) / half
+    best, least = top, xp.full_like(top, float("inf"))
+    low = 0.3 if levels < 32 else 0.6
+    for c in range(_SCALES):
+        scale = top * (low + (1.02 - low) * c / (_SCALES - 1))
+        unit = w / scale[:, None, :]
+        lost = unit - _nearest(unit, half)
+        error = _joined(xp.sum(lost * lost * pivots[:, :, None], axis=1), parts) * scale**2
+        hit = error < least
+        best, least = xp.where(hit, scale, best), xp.where(hit, error, least)
+    return best
+
+
+def _refit(q: Array, hw: Array, curvature: Curvature, scale: Array, parts: int) -> Array:
+    """Return the best scale of each column for its levels, ``q^T H w / q^T H q``."""
+    xp = arrays.namespace(q)
+    over, under = _joined(xp.sum(q * hw, axis=1), parts), _joined(_quadratic(curvature, q), parts)
+    fits = (under > 0) & (over > 0)
+    return xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), scale)
+
+
+def _nearest(x: Array, half: float) -> Array:
+    xp = arrays.namespace(x)
+    return xp.clip(xp.round(x + half), 0.0, 2 * half) - half
+
+
+def _times(curvature: Curvature, x: Array) -> Array:
+    return x if curvature.plain else curvature.moment @ x
+
+
+def _quadratic(curvature: Curvature, x: Array) -> Array:
+    """Return ``x^T H x`` of each column, (stack, columns)."""
+    xp = arrays.namespace(x)
+    return xp.sum(x * _times(curvature, x), axis=1)
+
+
+def _joined(x: Array, parts: int, how: object = None) -> Array:
+    """Sum (stack, columns) over the parts of each matrix, and give every part the whole."""
+    xp = arrays.namespace(x)
+    if parts == 1:
+        return x
+    together = xp.reshape(x, (-1, parts, x.shape[-1]))
+    whole = xp.max(together, axis=1) if how is xp.max else xp.sum(together, axis=1)
+    return xp.repeat(whole, parts, axis=0)
+
+
+def _take(x: Array, order: Array, axis: int = 0) -> Array:
+    """Permute the rows (or columns) of each matrix of a stack."""
+    xp = arrays.namespace(x)
+    last = order.shape[0] - 1
+    return xp.stack([xp.take(x[b, ...], order[min(b, last), :], axis=axis) for b in range(x.shape[0])])
