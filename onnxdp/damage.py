@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
-from onnxdp.network import Meter
+from onnxdp.network import Meter, bias_input
 from onnxdp.planner import Choice, Curve, Item
 from onnxdp.records import Array, Candidate, Encoded
 from onnxdp.settings import Progress
@@ -34,6 +34,10 @@ _ENCODINGS = {False: 4, True: 2}
 """Times that a choice is encoded on the way to an error, and where the network is costly."""
 LIMIT = 3.0
 """Most by which one repair may change what a weight counts."""
+TRUST = 0.5
+"""Power of what a weight counts within the whole over what it does alone: the layers after it have adapted."""
+TILT = 2.0
+"""What the last weight's damage counts over what it does alone, and the first's the other way round."""
 SMALL = 0.05
 """Share of the numbers whose holders, the smallest weights, stay float16 unless the target needs them ..."""
 SLACK = 0.02
@@ -71,7 +75,17 @@ class Search:
 
     def curve(self, candidate: Candidate) -> Curve:
         """Return what is known of the damage of a candidate's kind."""
-        return self.curves.setdefault((candidate.weight, candidate.method), Curve())
+        key = candidate.weight, candidate.method
+        if key not in self.curves:
+            self.curves[key] = Curve(scale=self._late(candidate.weight))
+        return self.curves[key]
+
+    def _late(self, name: str) -> float:
+        """Return what a weight counts for its place: what later layers make up for is not lost."""
+        if self.meter is None or not self.workshop.sequential:
+            return 1.0
+        order = sorted(self.workshop.weights, key=self.meter.network.position)
+        return float(TILT ** (2 * order.index(name) / max(len(order) - 1, 1) - 1))
 
     def within(self, budget: int) -> Choice:
         """Return the choice of least damage within ``budget`` bytes of weights and what decodes them.
@@ -202,6 +216,28 @@ class Search:
         for item, together in zip(self.items, with_sharing, strict=True):
             item.together = together
         return choice
+
+    def reweighed(self, choice: Choice, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> bool:
+        """Weigh every change within the encoded whole; returns whether there was anything to weigh.
+
+        Later layers make up for what earlier ones lost, so damage done alone overrates the early ones. What a
+        weight's change costs is what goes when that one change is undone.
+        """
+        if self.meter is None:
+            return False
+        changes = self.workshop.fed(self.meter.network, encoded, shifts)
+        damage, _ = self.meter.together(changes)
+        changed = [
+            c
+            for c in choice.candidates.values()
+            if c.method != planner.KEEP and c.error**2 > FREE and c.weight in changes
+        ]
+        without = self.meter.undone([(c.weight, bias_input(c.weight)) for c in changed], changes)
+        for c, rest in zip(changed, without, strict=True):
+            foreseen = planner.foreseen(c, self.curves)
+            ratio = (damage - rest) / max(foreseen, 1e-300)
+            self.curve(c).scale *= min(max(ratio, 1 / LIMIT), LIMIT) ** TRUST
+        return bool(changed)
 
     def repaired(self, choice: Choice, budget: int) -> Choice:
         """Check the choice as a whole; where the sum of its parts is far off, weigh each within the whole.

@@ -131,7 +131,7 @@ class Workshop:
         return result
 
     def points(self, name: str, *, middle: bool = False) -> list[Candidate]:
-        """Return candidates of one weight by itself, spread over those the target may need (or their middle)."""
+        """Return candidates of one weight alone, spread over those the target may need (or their middle)."""
         found = []
         for form in self.forms.values():
             solved = self._solved.get((form.name, (name,)))
@@ -214,13 +214,19 @@ class Workshop:
         return self.forms[encoded.method].decode(self.weights[encoded.weight], encoded)
 
     def encode_one(
-        self, candidate: Candidate, tensor: Array, samples: Array, lack: Array | None = None
+        self,
+        candidate: Candidate,
+        tensor: Array,
+        samples: Array,
+        lack: Array | None = None,
+        *,
+        quick: bool = False,
     ) -> Encoded:
         """Encode another tensor in the form of a candidate that shares nothing, on other samples."""
         weight = self.weights[candidate.weight]
         form = self.forms[candidate.method]
         seen = None if self._settings.unweighted else samples
-        task = Task(weight, tensor, seen, False, self._bits, lack)
+        task = Task(weight, tensor, seen, False, self._bits, lack, quick)
         with arrays.one_blas_thread():
             return form.encode(task, candidate.params, self._settings, device=self._device)
 

@@ -57,6 +57,9 @@ NEAR = 0.001
 SHORTEN_FROM = 0.01
 """Share of the result's bytes from which names and defaults are shortened unasked."""
 
+REWEIGHED = 400_000_000
+"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
+
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
@@ -149,8 +152,9 @@ class Job:
         """Whether weights are encoded one after the other in the compressed network, whatever is chosen."""
         return self.workshop.sequential and self.settings.refit is not False
 
-    def _one_by_one(self, choice: Choice) -> tuple[list[Encoded], dict[str, Array]]:
-        return self._encode(list(choice.candidates.values()), refit=True)
+    def _one_by_one(self, choice: Choice, *, quick: bool = False) -> tuple[list[Encoded], dict[str, Array]]:
+        choices = list(choice.candidates.values())
+        return refine(self.workshop, self.network, self.fit, choices, self.progress, quick=quick)
 
     def plan(self) -> Plan:
         """Choose."""
@@ -320,6 +324,13 @@ class Job:
                 f"ask for that (--size {reached}) or less."
             )
         room = budget - (self.model.nbytes - sum(w.nbytes for w in self.found.weights))
+        fitting = self._fitting(search, budget, room)
+        if fitting is None:
+            return search.smallest()
+        return self._checked(search, *fitting, budget)
+
+    def _fitting(self, search: Search, budget: int, room: int) -> tuple[Choice, int] | None:
+        """Return a choice whose file fits the budget, closely, and the room for weights that gave it."""
         best: Choice | None = None
         low, high = -math.inf, math.inf  # rooms that are known to fit, and not to
         for _ in range(8):
@@ -341,19 +352,31 @@ class Job:
                 room = int(low + high) // 2
             if high - low < 128:
                 break
-        if best is None:
-            return search.smallest()
-        return self._checked(search, best, int(low), budget)
+        return None if best is None else (best, int(low))
 
     def _checked(self, search: Search, choice: Choice, room: int, budget: int) -> Choice:
         """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""
-        if self.workshop.sequential:  # before layers make up for one another, the sum of parts says nothing
-            return choice
+        if self.workshop.sequential:
+            return self._reweighed(search, choice, room, budget) if self._sequential else choice
         for better in (search.unless_alone_is_better, search.repaired):
             other = better(choice, room)
             if other is choice or self._size(other) <= budget:
                 choice = other
         return choice
+
+    def _reweighed(self, search: Search, choice: Choice, room: int, budget: int) -> Choice:
+        """Return the choice, or the one made with every change weighed within the whole, if that is better."""
+        if stats.macs(self.found.weights) > REWEIGHED:
+            return choice
+        encoded = self._one_by_one(choice, quick=True)
+        damage, _ = search.measured(*encoded)
+        search.reweighed(choice, *encoded)
+        fitting = self._fitting(search, budget, room)
+        if fitting is None or fitting[0].candidates == choice.candidates:
+            return choice
+        again, _ = search.measured(*self._one_by_one(fitting[0], quick=True))
+        log.info("damage %.4g, weighed within the whole %.4g", damage, again)
+        return fitting[0] if again < damage else choice
 
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""

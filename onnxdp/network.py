@@ -188,6 +188,10 @@ class Stream:
                 del state[name]
         self._place = place
 
+    def state(self, feed: int) -> Mapping[str, Array]:
+        """Return the tensors of one feed that are alive here."""
+        return self._state[feed]
+
     def has(self, name: str) -> bool:
         """Whether a tensor is alive here."""
         return name in self._state[0]
@@ -246,6 +250,34 @@ class Meter:
             given = {k: v for k, v in {**self.network.fed, **feed, **changes}.items() if k in suffix.inputs}
             got.append(self._clean(runtime.run(suffix.session, given, self.watched)))
         return self._compare(got)[0]
+
+    def undone(self, groups: Sequence[Sequence[str]], changes: Changes) -> list[float]:
+        """Return the damage of all changes but those to one group of inputs, for each group in turn.
+
+        A group starts with a weight: only what comes after the first node that reads it is run again.
+        """
+        stream = Stream(self.network, self._probes)
+        order = sorted(range(len(groups)), key=lambda k: self.network.position(groups[k][0]))
+        found = [0.0] * len(groups)
+        for k in order:
+            position = self.network.position(groups[k][0])
+            stream.advance(position, changes)
+            rest = {n: a for n, a in changes.items() if n not in groups[k]}
+            session = self._session_from(position, types_of(stream.state(0)))
+            wanted = {i.name for i in session.get_inputs()}
+            got = []
+            for number, feed in enumerate(self._probes.feeds):
+                everything = {**self.network.fed, **feed, **stream.state(number), **rest}
+                given = {n: a for n, a in everything.items() if n in wanted}
+                got.append(self._clean(runtime.run(session, given, self.watched)))
+            found[k] = self._compare(got)[0]
+        return found
+
+    def _session_from(self, position: int, types: Mapping[str, int]) -> Any:
+        """Return the session of the nodes from a place on, made once."""
+        if position in self._suffixes:
+            return self._suffixes[position].session
+        return self.network.segment(position, None, types, self.watched)
 
     def prepare(self, names: Sequence[str]) -> None:
         """Run the network once for the tensors that the suffixes of the named weights start from."""

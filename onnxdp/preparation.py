@@ -44,7 +44,7 @@ def prepare(model: Model, settings: Settings) -> list[str]:
 
 
 def probed(network: Network, found: Found, settings: Settings, *, many: bool = False) -> tuple[Found, Probes]:
-    """Make the probes (``many`` where weights are encoded on them), and count what one sample costs each weight.
+    """Make the probes (``many`` where weights are encoded on them), and count what a sample costs a weight.
 
     Returns the weights with their positions, and the probes.
     """

@@ -33,7 +33,13 @@ RIDGE = (0.03, 0.3)
 
 
 def refine(
-    workshop: Workshop, network: Network, probes: Probes, choices: Sequence[Candidate], progress: Progress
+    workshop: Workshop,
+    network: Network,
+    probes: Probes,
+    choices: Sequence[Candidate],
+    progress: Progress,
+    *,
+    quick: bool = False,
 ) -> tuple[list[Encoded], dict[str, Array]]:
     """Encode the choices one after the other, each on the compressed network's own activations.
 
@@ -45,6 +51,8 @@ def refine(
         Those that weights are fitted on.
     choices : sequence of Candidate
     progress : callable
+    quick : bool
+        Whether the result is only to be measured.
 
     Returns
     -------
@@ -77,7 +85,7 @@ def refine(
         x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
         beside = _beside(original, compressed, weight, tap, workshop.seed)
         with arrays.one_blas_thread():
-            new, shift = _refit(workshop, weight, choice, x, seen, beside)
+            new, shift = _refit(workshop, weight, choice, x, seen, beside, quick=quick)
         encoded[choice.weight] = new
         if weights.can_centre(workshop.found, weight):
             shifts[choice.weight] = shift
@@ -86,7 +94,14 @@ def refine(
 
 
 def _refit(
-    workshop: Workshop, weight: Weight, choice: Candidate, x: Array, seen: Array, beside: Array | None
+    workshop: Workshop,
+    weight: Weight,
+    choice: Candidate,
+    x: Array,
+    seen: Array,
+    beside: Array | None,
+    *,
+    quick: bool,
 ) -> tuple[Encoded, Array]:
     """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed.
 
@@ -109,7 +124,7 @@ def _refit(
             mean_beside = beside.mean(axis=1, keepdims=True)
         lack += (beside - mean_beside) / root
     if workshop.forms[choice.method].sequential:
-        new = workshop.encode_one(choice, tensor, seen, lack)
+        new = workshop.encode_one(choice, tensor, seen, lack, quick=quick)
     else:
         moved = w + ALPHA * _ridge_solve(seen, lack)
         new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen)

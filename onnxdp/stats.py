@@ -133,7 +133,7 @@ class Tap:
 
     @property
     def added(self) -> str | None:
-        """Name of the tensor that an Add, the only reader of the output, adds to it; None where there is none."""
+        """Name of the tensor that an Add, the only reader of the output, adds to it; None without one."""
         uses = list(self.reader.node.outputs[0].uses())
         if len(uses) != 1 or uses[0][0].op_type != "Add" or uses[0][0].domain:
             return None

@@ -201,19 +201,22 @@ def test_complaint_05_a_tied_weight_stays_one_tensor_with_two_readers():
     assert {op for _, op in ops(model)} >= {"Gather", "MatMul"}
 
 
-def test_complaint_06_constant_nodes_shrink_like_initializers():
-    twin = compressed(mlp())[0]
-    report, model = compressed(constnodes())
+@pytest.mark.parametrize("method", ["auto", "dp"])
+def test_complaint_06_constant_nodes_shrink_like_initializers(method):
+    twin = compressed(mlp(), *FAST, "--method", method)[0]
+    report, model = compressed(constnodes(), *FAST, "--method", method)
     assert report["target"]["nbytes"] <= report["source"]["nbytes"] / 2
     assert [(x["weight"], x["method"]) for x in report["lines"]] == [
         (x["weight"], x["method"]) for x in twin["lines"]
     ]
     held = [n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"]
-    assert not {t.name for t in held} & {"w1", "w2"}
+    changed = {x["weight"] for x in report["lines"] if x["method"]}
+    assert changed and not {t.name for t in held} & changed
 
 
-def test_complaint_07_bodies_of_if_shrink_and_an_outer_weight_is_stored_once():
-    report, model = compressed(branches())
+@pytest.mark.parametrize("method", ["auto", "dp"])
+def test_complaint_07_bodies_of_if_shrink_and_an_outer_weight_is_stored_once(method):
+    report, model = compressed(branches(), *FAST, "--method", method)
     assert report["target"]["nbytes"] <= report["source"]["nbytes"] / 2
     methods = {x["weight"]: x["method"] for x in report["lines"]}
     assert set(methods) == {"w1", "a_w2", "b_w2"} and all(methods.values())
@@ -349,7 +352,7 @@ def test_complaint_27_metadata_names_and_interface_stay():
     model.graph.input[0].doc_string = "what goes in"
     helper.set_model_props(model, {"classes": "a,b", "licence": "MIT"})
     model.graph.value_info.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, ["N", 96]))
-    _, made = compressed(model)
+    _, made = compressed(model, *FAST, "--keep-names")
     for name in ("producer_name", "producer_version", "model_version", "domain", "doc_string", "ir_version"):
         assert getattr(made, name) == getattr(model, name)
     assert made.graph.name == model.graph.name and made.graph.doc_string == model.graph.doc_string
@@ -603,11 +606,13 @@ def test_complaint_40_doctor_sees_two_packages_that_overwrite_each_other(monkeyp
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset")
 def test_complaint_42_the_same_bytes_with_any_number_of_threads():
+    """Dictionary pairs; rounded weights: test_quantized.py."""
     save(conv())
     hashes = set()
     for run, (threads, cores) in enumerate([("1", "0"), ("2", None), ("2", "0"), ("1", None)]):
         env = {**os.environ, **{f"{n}_NUM_THREADS": threads for n in ("OMP", "OPENBLAS", "MKL")}}
-        command = [sys.executable, "-m", "onnxdp", "compress", "in.onnx", f"{run}.onnx", *FAST, "-q"]
+        words = ["compress", "in.onnx", f"{run}.onnx", *FAST, "--method", "dp", "-q"]
+        command = [sys.executable, "-m", "onnxdp", *words]
         subprocess.run([*(["taskset", "-c", cores] if cores else []), *command], env=env, check=True)
         hashes.add(listing()[f"{run}.onnx"])
     assert len(hashes) == 1
@@ -630,9 +635,11 @@ def test_complaint_44_exit_0_means_that_the_named_file_is_there_and_loads(make):
 
 
 @pytest.mark.parametrize("make", [mlp, conv])
-def test_a_compressed_model_can_be_compressed_again_with_a_notice(make):
-    first, model = compressed(make())
-    report, _ = compressed(model, "--ratio", "1.5", "--samples", "8")
+@pytest.mark.parametrize(("method", "ratio"), [("auto", "1.1"), ("dp", "1.5")])
+def test_a_compressed_model_can_be_compressed_again_with_a_notice(make, method, ratio):
+    """What is rounded already has hardly anything left to give."""
+    first, model = compressed(make(), *FAST, "--method", method)
+    report, _ = compressed(model, "--ratio", ratio, "--samples", "8", "--method", method)
     assert any("compressed by onnxdp before" in notice for notice in report["notices"])
     assert report["source"]["nbytes"] == first["target"]["nbytes"]
 

@@ -116,7 +116,7 @@ def test_gaps_for_tables_are_where_the_tools_look():
     asked = {
         name
         for path in (ROOT / "tools").glob("*.py")
-        for name in re.findall(r'into\(asked\.readme, "(\w+)"', path.read_text(encoding="utf-8"))
+        for name in re.findall(r'tell\(\s*asked, "(\w+)"', path.read_text(encoding="utf-8"))
     }
     assert asked == set(re.findall(r"<!-- table: (\w+) -->(?=.*?<!-- end -->)", README, re.DOTALL))
 

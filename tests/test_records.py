@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from onnxdp.errors import PlanError
 from onnxdp.records import Candidate, File, Kept, Plan, to_plain
 
-FAST = ("--ratio", "2", "--samples", "8")
+FAST = ("--ratio", "2", "--samples", "8", "--method", "dp", "--keep-names")
+ROUNDED = ("--ratio", "8", "--samples", "8")
 NAMES = st.text(min_size=1, max_size=8)
 PARAMS = st.dictionaries(NAMES, st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
 CANDIDATES = st.builds(
@@ -89,10 +90,13 @@ def plan(tmp_path, monkeypatch):
     return json.loads(Path("p.json").read_text())
 
 
-def test_plan_and_apply_give_the_bytes_of_compress_and_dry_run_their_number(plan):
-    dry = onnxdp("compress", "in.onnx", "--dry-run", *FAST, "--json")
+@pytest.mark.parametrize("words", [FAST, ROUNDED], ids=["dp", "auto"])
+def test_plan_and_apply_give_the_bytes_of_compress_and_dry_run_their_number(plan, words):
+    if words is not FAST:
+        assert onnxdp("plan", "in.onnx", "-o", "p.json", *words, "--overwrite").exit_code == 0
+    dry = onnxdp("compress", "in.onnx", "--dry-run", *words, "--json")
     foreseen = json.loads(dry.stdout)["target"]["nbytes"]
-    assert onnxdp("compress", "in.onnx", "direct.onnx", *FAST).exit_code == 0
+    assert onnxdp("compress", "in.onnx", "direct.onnx", *words).exit_code == 0
     dry = onnxdp("apply", "in.onnx", "p.json", "--dry-run")
     assert onnxdp("apply", "in.onnx", "p.json", "planned.onnx").exit_code == 0
     assert Path("direct.onnx").read_bytes() == Path("planned.onnx").read_bytes()
@@ -100,14 +104,15 @@ def test_plan_and_apply_give_the_bytes_of_compress_and_dry_run_their_number(plan
     assert f": {foreseen} bytes\nDRY RUN " in dry.stdout
 
 
-def test_dry_run_writes_nothing_and_counts_external_data(plan):
+@pytest.mark.parametrize("words", [FAST, ROUNDED], ids=["dp", "auto"])
+def test_dry_run_writes_nothing_and_counts_external_data(plan, words):
     from edges import save_external
 
     save_external(conv(), "e.onnx", "e.data")
     before = listing()
-    dry = onnxdp("compress", "e.onnx", "out.onnx", "--dry-run", *FAST, "--json")
+    dry = onnxdp("compress", "e.onnx", "out.onnx", "--dry-run", *words, "--json")
     assert dry.exit_code == 0 and listing() == before
-    assert onnxdp("compress", "e.onnx", "out.onnx", *FAST).exit_code == 0
+    assert onnxdp("compress", "e.onnx", "out.onnx", *words).exit_code == 0
     new = sum(Path(name).stat().st_size for name in listing().keys() - before.keys())
     assert json.loads(dry.stdout)["target"]["nbytes"] == new
 

@@ -8,6 +8,7 @@ runtime.md section 4: what ONNX Runtime computes once, when the session is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
@@ -82,7 +83,7 @@ def _split_conv(build: Builder, weight: Weight, encoded: Encoded, node: ir.Node)
         else:
             stored = build.constant("atoms", encoded.arrays["atoms"].swapaxes(-1, -2).reshape(atoms_shape))
             kernel = build.cast(stored, weight.dtype, "atoms.cast")
-        group = {"group": parts} if parts > 1 else {}
+        group: dict[str, Any] = {"group": parts} if parts > 1 else {}
         return _with(build.node("Conv", [x, kernel], "atoms.conv", **group), geometry)
 
     between = _atoms_once(build, encoded, x, geometry, draw)

@@ -49,6 +49,8 @@ class Task:
     lack: Array | None = None
     """(groups, samples, outputs): what the outputs should be beyond ``samples @ W``, scaled as the samples;
     given to sequential forms, which make W move towards it (method.md 1.3)."""
+    quick: bool = False
+    """Whether the result is only to be measured: little effort will do."""
 
 
 class Solved(Protocol):

@@ -9,6 +9,7 @@ prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
 
 DAMPING = (0.1, 0.3)
-"""Added to the diagonal of H, over its mean: a + b * inputs / samples: made-up inputs are not the real ones."""
+"""Added to the diagonal of H, over its mean: a + b * inputs / samples; made-up inputs are not real ones."""
 
 ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
@@ -87,8 +88,9 @@ class Quantized:
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
+        tries, sweeps = (1, 0) if task.quick else (3, 3)
         return _Problem.of(task, device).encoded(
-            task, int(params["levels"]), tries=3, sweeps=3, device=device
+            task, int(params["levels"]), tries=tries, sweeps=sweeps, device=device
         )
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
@@ -144,6 +146,7 @@ class _Problem:
         weight = task.weight
         host = _matrix(weight, task.tensor).astype(np.float32, copy=False)
         stack, inputs, outputs = host.shape
+        unit = _near_one(host)
 
         def some(columns: slice) -> Rounded:
             w = np.ascontiguousarray(host[:, :, columns]).reshape(
@@ -151,7 +154,12 @@ class _Problem:
             )
             on_device = self._moved(arrays.to_device(w, device), task, columns, device)
             return round_weights(
-                on_device, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps
+                on_device if unit == 1 else on_device / unit,
+                self.curvature,
+                levels,
+                parts=self.parts,
+                tries=tries,
+                sweeps=sweeps,
             )
 
         made = list(arrays.side_by_side(some, _columns_apart(outputs)))
@@ -160,7 +168,7 @@ class _Problem:
             for part in ("digits", "scale", "error", "energy")
         )
         digits = digits.reshape(stack, inputs, outputs)
-        scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1)
+        scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
         words = Packing.best(levels, weight.size, _OPSET).pack(_tensor(weight, digits).reshape(-1))
         return Encoded(
@@ -171,7 +179,7 @@ class _Problem:
             (max(lost, 0.0) / (whole or 1.0)) ** 0.5,
         )
 
-    def _moved(self, w: Array, task: Task, columns: slice, device: str) -> Array:
+    def _moved(self, w: arrays.Array, task: Task, columns: slice, device: str) -> arrays.Array:
         """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
         if task.lack is None or task.samples is None or self.curvature.plain:
             return w
@@ -179,6 +187,12 @@ class _Problem:
         xp = arrays.namespace(w)
         pull = xp.matrix_transpose(x) @ y
         return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
+
+
+def _near_one(host: Array) -> float:
+    """Return 1, or a power of two to divide numbers by whose squares float32 does not hold (masks)."""
+    peak = max(float(host.max(initial=0.0)), -float(host.min(initial=0.0)))
+    return 1.0 if not peak or 2.0**-30 < peak < 2.0**30 else 2.0 ** math.floor(math.log2(peak))
 
 
 def _columns_apart(outputs: int) -> list[slice]:

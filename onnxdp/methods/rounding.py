@@ -12,6 +12,7 @@ V strictly upper, row i is rounded after ``V[:i, i]^T (w - q)[:i]`` was added to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from onnxdp import arrays
 from onnxdp.arrays import Array
@@ -122,7 +123,7 @@ class Curvature:
     @property
     def plain(self) -> bool:
         """Whether this is the plain norm."""
-        return self.moment.shape[1] == 0
+        return bool(self.moment.shape[1] == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,13 +277,13 @@ def _quadratic(curvature: Curvature, x: Array) -> Array:
     return xp.sum(x * _times(curvature, x), axis=1)
 
 
-def _joined(x: Array, parts: int, how: object = None) -> Array:
-    """Sum (stack, columns) over the parts of each matrix, and give every part the whole."""
+def _joined(x: Array, parts: int, how: Any = None) -> Array:
+    """Sum (stack, columns) over the parts of each matrix (or what else ``how`` does), for every part."""
     xp = arrays.namespace(x)
     if parts == 1:
         return x
     together = xp.reshape(x, (-1, parts, x.shape[-1]))
-    whole = xp.max(together, axis=1) if how is xp.max else xp.sum(together, axis=1)
+    whole = (how or xp.sum)(together, axis=1)
     return xp.repeat(whole, parts, axis=0)
 
 

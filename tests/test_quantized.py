@@ -1,0 +1,358 @@
+"""Rounded weights through the whole path: what a session multiplies by, their bytes, what a plan may say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+from edges import conv, listing, mlp, onnxdp, refused, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rewriting import FORMS, draw, find, model, one_conv, rewrite, run
+from test_forms import weight_of, weights_
+
+import onnxdp as package
+from onnxdp import model as model_file
+from onnxdp import weights
+from onnxdp.methods.form import Task
+from onnxdp.methods.quantized import LEVELS, _Problem
+from onnxdp.passes import ReplaceWeights
+from onnxdp.settings import Settings
+
+QUANT = FORMS["quant"]
+EPS32 = float(np.finfo(np.float32).eps)
+FEW = [2, 3, 6, 16, 84, 255]
+
+
+# ---- what a session multiplies by
+
+
+def exactly(proto, feed, levels, names=("W",)):
+    """Rewrite, and demand that the sessions of the result and of the dense model that holds decode agree."""
+    made = rewrite(proto, {n: ("quant", {"levels": levels}) for n in names})
+    assert set(names) == set(made.encoded)
+    made.assert_equals_dense(feed)
+    return made
+
+
+def few_levels(made, name, tensor, axes):
+    """Along ``axes`` lie the steps: each has so many levels, and most of the tensor is there."""
+    decoded, levels = made.decoded()[name], made.encoded[name].params["levels"]
+    rows = np.moveaxis(decoded, axes, range(len(axes))).reshape(*(decoded.shape[a] for a in axes), -1)
+    for index in np.ndindex(rows.shape[:-1]):
+        assert len(np.unique(rows[index])) <= levels
+    assert np.linalg.norm(decoded - tensor) < 0.7 * np.linalg.norm(tensor)  # one bit keeps 0.6 of Gaussians
+
+
+@pytest.mark.parametrize("levels", FEW)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((6, 4, 3, 3), 1),
+        ((6, 4, 3, 3), 2),
+        ((8, 1, 3, 3), 8),
+        ((6, 4, 3), 1),
+        ((4, 3, 2, 2, 2), 2),
+        ((6, 4, 1, 1), 1),
+    ],
+)
+def test_conv_plain_grouped_and_depthwise(shape, groups, levels):
+    proto, tensors, x = one_conv(f"group = {groups}", shape, groups, biased=False, seed=levels)
+    made = exactly(proto, {"x": x}, levels)
+    few_levels(made, "W", tensors["W"], (0,))
+
+
+@pytest.mark.parametrize("levels", FEW)
+@pytest.mark.parametrize("trans_b", [0, 1])
+def test_gemm_in_both_orientations(trans_b, levels):
+    rng = np.random.default_rng(levels)
+    tensors = {"W": draw(rng, *((6, 8) if trans_b else (8, 6)))}
+    proto = model(f"y = Gemm<transB = {trans_b}>(x, W)", "float[N,8] x", "float[N,6] y", tensors)
+    made = exactly(proto, {"x": draw(rng, 4, 8)}, levels)
+    few_levels(made, "W", tensors["W"], (0,) if trans_b else (1,))
+
+
+@pytest.mark.parametrize("levels", FEW)
+@pytest.mark.parametrize("left", [True, False])
+def test_matmul_on_either_side(left, levels):
+    rng = np.random.default_rng(levels)
+    tensors = {"W": draw(rng, *((6, 8) if left else (8, 6)))}
+    x, y = ("float[8,5]", "float[6,5]") if left else ("float[5,8]", "float[5,6]")
+    proto = model(f"y = MatMul({'W, x' if left else 'x, W'})", f"{x} x", f"{y} y", tensors)
+    made = exactly(proto, {"x": draw(rng, *((8, 5) if left else (5, 8)))}, levels)
+    few_levels(made, "W", tensors["W"], (0,) if left else (1,))
+
+
+STORED = {
+    "ConvTranspose": ("y = ConvTranspose(x, W)", "float[N,5,6,6] x", "float[N,4,8,8] y", (5, 4, 3, 3), (1,)),
+    "grouped ConvTranspose": (
+        "y = ConvTranspose<group = 2>(x, W)", "float[N,6,5,5] x", "float[N,8,7,7] y", (6, 4, 3, 3), (1,)
+    ),
+    "Gather": ("y = Gather(W, x)", "int64[N] x", "float[N,7] y", (20, 7), (0,)),
+    "Conv behind Reshape": (
+        "w = Reshape(W, to) y = Conv(x, w)", "float[N,4,6,6] x", "float[N,8,4,4] y", (8, 36), (0,)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("levels", FEW)
+@pytest.mark.parametrize("name", STORED)
+def test_weights_that_are_no_matrix_of_one_product(name, levels):
+    body, given_, wanted, shape, axes = STORED[name]
+    rng = np.random.default_rng(levels)
+    tensors = {"W": draw(rng, *shape)} | ({"to": np.array([8, 4, 3, 3])} if "Reshape" in name else {})
+    x = np.arange(20) if name == "Gather" else draw(rng, 2, *map(int, given_[8:-3].split(",")))
+    made = exactly(model(body, given_, wanted, tensors), {"x": x}, levels)
+    few_levels(made, "W", tensors["W"], axes)
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("levels", [3, 16])
+def test_recurrent_weights(op, gates, levels):
+    rng = np.random.default_rng(levels)
+    tensors = {"W": draw(rng, 2, gates * 4, 5), "R": draw(rng, 2, gates * 4, 4)}
+    proto = model(
+        f'y = {op}<hidden_size = 4, direction = "bidirectional">(x, W, R)', "float[3,2,5] x",
+        "float[3,2,2,4] y", tensors,
+    )  # fmt: skip
+    made = rewrite(proto, {n: ("quant", {"levels": levels}) for n in "WR"})
+    feed = {"x": draw(rng, 3, 2, 5)}
+    # the weights are the same numbers, and so is all that follows
+    assert np.array_equal(run(made.proto, feed)[0], run(made.dense(), feed)[0])
+    few_levels(made, "W", tensors["W"], (0, 1))
+
+
+@pytest.mark.parametrize("levels", FEW)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "eps"), [("float16", "float16", 2.0**-10), ("float64", "double", EPS32)]
+)
+def test_weights_of_other_types(dtype, kind, eps, levels):
+    rng = np.random.default_rng(levels)
+    proto = model("y = MatMul(x, W)", f"{kind}[N,8] x", f"{kind}[N,6] y", {"W": draw(rng, 8, 6, dtype=dtype)})
+    made = rewrite(proto, {"W": ("quant", {"levels": levels})})
+    made.assert_equals_dense({"x": draw(rng, 4, 8, dtype=dtype)}, eps=eps)
+
+
+@pytest.mark.parametrize("levels", FEW)
+def test_a_weight_inside_the_body_of_an_if(levels):
+    rng = np.random.default_rng(levels)
+    text = (
+        "y = If(cond) <then_branch = a () => (float[N,6] p)"
+        " { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
+        " else_branch = b () => (float[N,6] q) { q = MatMul(x, V) }>"
+    )
+    text %= ", ".join(f"{v:.4f}" for v in draw(rng, 48))
+    proto = model(text, "float[N,8] x, bool cond", "float[N,6] y", {"V": draw(rng, 8, 6)})
+    made = rewrite(proto, {n: ("quant", {"levels": levels}) for n in ("w", "V")})
+    for cond in (True, False):
+        made.assert_equals_dense({"x": draw(rng, 4, 8), "cond": np.array(cond)})
+
+
+@given(weight=weights_(), levels=st.sampled_from(LEVELS), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_the_error_that_is_reported_is_that_of_what_is_stored(weight, levels, seed):
+    """In the plain norm, where no samples show another."""
+    tensor = draw(np.random.default_rng(seed), *weight.shape)
+    made = QUANT.encode(Task(weight, tensor, None, False), {"levels": levels}, Settings(), device="cpu")
+    change = np.linalg.norm(QUANT.decode(weight, made) - tensor) / np.linalg.norm(tensor)
+    # steps are stored in float16, each 2^-11 off at most; the squares are summed up in float32
+    assert abs(change - made.error) <= 2.0**-11 * (1 + made.error) + 4 * weight.size * EPS32
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-7, 1e-3, 1.0, 1e5, 1e9, 1e30, 5e37])
+def test_steps_of_any_size_are_held(scale):
+    """Where float16 cannot hold a step, float32 does; nothing overflows and nothing becomes zero."""
+    weight = weight_of((12, 20), op="Gemm")
+    tensor = (draw(np.random.default_rng(3), 12, 20) * scale).astype(np.float32)
+    made = QUANT.encode(Task(weight, tensor, None, False), {"levels": 16}, Settings(), device="cpu")
+    back, tensor = QUANT.decode(weight, made) / scale, tensor / scale
+    assert np.linalg.norm(back - tensor) == pytest.approx(made.error * np.linalg.norm(tensor), rel=2.0**-9)
+    assert made.error < 0.13  # 0.11 is the least for Gaussians on 16 levels (method.md 4.3)
+
+
+def test_a_mask_of_huge_numbers_is_rounded_like_any_other():
+    weight = weight_of((12, 20), op="Gather")
+    tensor = np.triu(np.full((12, 20), -3.4e38, np.float32))
+    made = QUANT.encode(Task(weight, tensor, None, False), {"levels": 3}, Settings(), device="cpu")
+    back = QUANT.decode(weight, made)
+    assert np.array_equal(back == 0, tensor == 0)
+    assert np.allclose(back, tensor, rtol=2.0**-20, atol=0)
+
+
+def test_samples_turn_the_error_to_where_it_does_least_harm():
+    rng = np.random.default_rng(4)
+    weight = weight_of((16, 40), op="Gemm")
+    tensor = draw(rng, 16, 40)
+    x = (rng.standard_normal((200, 40)) @ (rng.standard_normal((40, 40)) + 0.5)).astype(np.float32)
+    lost = []
+    for samples in (None, x[None] / np.float32(200**0.5)):
+        made = QUANT.encode(Task(weight, tensor, samples, False), {"levels": 4}, Settings(), device="cpu")
+        lost.append(np.linalg.norm(x @ (QUANT.decode(weight, made) - tensor).T))
+    assert lost[1] < lost[0]
+
+
+def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkeypatch):
+    monkeypatch.setattr("onnxdp.methods.quantized._MOST_INPUTS", 16)
+    rng = np.random.default_rng(4)
+    weight = weight_of((5, 48), op="Gemm")
+    task = Task(weight, draw(rng, 5, 48), draw(rng, 1, 90, 48) / np.float32(90**0.5), False)
+    assert _Problem.of(task, "cpu").parts == 3
+    made = QUANT.encode(task, {"levels": 5}, Settings(), device="cpu")
+    assert made.arrays["scale"].shape == (5,) and made.nbytes == QUANT.cost(weight, {"levels": 5})
+    assert all(len(np.unique(row)) <= 5 for row in QUANT.decode(weight, made))
+
+
+# ---- bytes
+
+
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(2, 24), st.integers(1, 12), st.sampled_from([(), (1, 1), (3, 3)])),
+        min_size=1, max_size=4,
+    ),
+    levels=st.lists(st.sampled_from(LEVELS), min_size=4, max_size=4),
+    opset=st.sampled_from([9, 13, 17]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_an_outline_has_the_bytes_of_the_encoding(shapes, levels, opset, seed):
+    rng = np.random.default_rng(seed)
+    tensors = {f"W{i}": draw(rng, n, m, *(k or (1, 1))) for i, (n, m, k) in enumerate(shapes)}
+    body = " ".join(f"y{i} = Conv(x{i}, W{i})" for i in range(len(shapes)))
+    inputs, outputs = (
+        ", ".join(f"float[N,{s[axis]},H,K] {end}{i}" for i, s in enumerate(shapes))
+        for axis, end in ((1, "x"), (0, "y"))
+    )
+    outputs = outputs.replace("H,K", "?,?")
+    held, found = find(model(body, inputs, outputs, tensors, opset=opset))
+    params = {w.name: {"levels": n} for w, n in zip(found.weights, levels, strict=False)}
+    sizes = []
+    for how in ("outline", "encode"):
+        copied = model_file.copy(held)
+        twin = find_again(copied)
+        some = [
+            QUANT.outline(w, params[w.name])
+            if how == "outline"
+            else QUANT.encode(Task(w, tensors[w.name], None, False), params[w.name], Settings(), device="cpu")
+            for w in found.weights
+        ]
+        ReplaceWeights(twin, some, FORMS, {}, "test")(copied.ir)
+        sizes.append(model_file.output_size(copied))
+    assert sizes[0] == sizes[1]
+
+
+def find_again(held):
+    with mock.patch.object(weights, "MIN_BYTES", 1):
+        return weights.find(held.ir)
+
+
+@pytest.mark.parametrize("ratio", [4, 8, 12])
+@pytest.mark.parametrize("method", ["auto", "quant"])
+def test_a_budget_is_kept_and_a_dry_run_says_its_bytes(ratio, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(conv())
+    words = ("--ratio", ratio, "--method", method, "--samples", 8)
+    foreseen = json.loads(onnxdp("compress", "in.onnx", *words, "--dry-run", "--json").stdout)["target"][
+        "nbytes"
+    ]
+    done = onnxdp("compress", "in.onnx", "out.onnx", *words)
+    assert done.exit_code == 0, done.stderr
+    assert Path("out.onnx").stat().st_size == foreseen <= Path("in.onnx").stat().st_size // ratio
+    session_ops = [n.op_type for n in onnx.load("in.onnx").graph.node]
+    assert set(session_ops) <= {n.op_type for n in onnx.load("out.onnx").graph.node}
+
+
+# ---- plans
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Give the text of a plan that rounds all three weights, made once."""
+    folder = tmp_path_factory.mktemp("plan")
+    save(conv(), folder / "in.onnx")
+    done = onnxdp("plan", folder / "in.onnx", "-o", folder / "p.json", "--ratio", "8", "--samples", "8")
+    assert done.exit_code == 0, done.stderr
+    return (folder / "p.json").read_text()
+
+
+@pytest.fixture
+def plan(made, tmp_path, monkeypatch):
+    """Give the plan as plain JSON, beside its model."""
+    monkeypatch.chdir(tmp_path)
+    save(conv())
+    Path("p.json").write_text(made)
+    plain = json.loads(made)
+    assert {c["method"] for c in plain["choices"]} == {"quant"}
+    return plain
+
+
+def edited(plan, **params):
+    choice = next(c for c in plan["choices"] if c["weight"] == "w2")
+    choice["params"] = params
+    Path("q.json").write_text(json.dumps(plan))
+
+
+def test_apply_gives_the_bytes_of_compress(plan):
+    assert onnxdp("compress", "in.onnx", "direct.onnx", "--ratio", "8", "--samples", "8").exit_code == 0
+    assert onnxdp("apply", "in.onnx", "p.json", "planned.onnx").exit_code == 0
+    assert Path("direct.onnx").read_bytes() == Path("planned.onnx").read_bytes()
+    dry = onnxdp("apply", "in.onnx", "p.json", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["target"]["nbytes"] == Path("planned.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("levels", [2, 5, 84, 255])
+def test_levels_edited_by_hand_are_honoured(plan, levels):
+    edited(plan, levels=levels)
+    done = onnxdp("apply", "in.onnx", "q.json", "out.onnx", "--json")
+    assert done.exit_code == 0, done.stderr
+    line = next(x for x in json.loads(done.stdout)["lines"] if x["weight"] == "w2")
+    assert (line["method"], line["params"]) == ("quant", {"levels": levels})
+    weight = next(w for w in weights.find(model_file.read("in.onnx").ir).weights if w.name == "w2")
+    assert line["after"] == QUANT.cost(weight, {"levels": levels})
+    assert package.verify("in.onnx", "out.onnx", samples=8).passed
+
+
+TAKES = f"w2: quant takes levels, one of {', '.join(map(str, LEVELS))}."
+
+
+NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [{}, {"levels": 5, "atoms": 3}]
+
+
+@pytest.mark.parametrize("params", NO_LEVELS, ids=str)
+def test_levels_without_a_meaning_are_refused_in_one_sentence(plan, params):
+    edited(plan, **params)
+    refused(2, TAKES, "apply", "in.onnx", "q.json", "out.onnx")
+
+
+@pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset")
+def test_the_same_bytes_with_one_thread_and_two(tmp_path, monkeypatch):
+    """A weight of 96 outputs is rounded in halves, side by side."""
+    monkeypatch.chdir(tmp_path)
+    save(mlp())
+    hashes = set()
+    for number, (threads, cores) in enumerate([("1", "0"), ("2", None), ("2", "0")]):
+        env = {**os.environ, **{f"{n}_NUM_THREADS": threads for n in ("OMP", "OPENBLAS", "MKL")}}
+        words = [
+            "compress",
+            "in.onnx",
+            f"{number}.onnx",
+            "--ratio",
+            "8",
+            "--method",
+            "quant",
+            "--samples",
+            "8",
+            "-q",
+        ]
+        command = [*(["taskset", "-c", cores] if cores else []), sys.executable, "-m", "onnxdp", *words]
+        subprocess.run(command, env=env, check=True)
+        hashes.add(listing()[f"{number}.onnx"])
+    assert len(hashes) == 1
