@@ -31,11 +31,12 @@ __all__ = [
     "doctor",
     "inspect",
     "plan",
+    "sweep",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from onnxdp.api import Result, apply, bench, compress, doctor, inspect, plan, verify
+    from onnxdp.api import Result, apply, bench, compress, doctor, inspect, plan, sweep, verify
     from onnxdp.errors import (
         MethodError,
         ModelError,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from onnxdp import arrays, environment, runtime, timing, verifier, weights
+from onnxdp import arrays, environment, frontier, runtime, timing, verifier, weights
 from onnxdp import model as model_file
 from onnxdp.errors import PlanError, UsageError
 from onnxdp.job import ENCODING_SETTINGS, Job, file_of
@@ -19,6 +19,7 @@ from onnxdp.preparation import probes_for
 from onnxdp.records import (
     BenchRow,
     Diagnosis,
+    Frontier,
     InspectedWeight,
     Inspection,
     Plan,
@@ -113,6 +114,31 @@ def apply(
         job = Job.start(source, settings, progress)
         job.check(plan)
         return Result(*job.finish(plan, source, target, overwrite=overwrite, dry_run=dry_run))
+
+
+def sweep(source: Any, ratios: Sequence[float], *, progress: Progress = silent, **settings: Any) -> Frontier:
+    """Draw the frontier of size against damage from one analysis; parameters as for :func:`compress`.
+
+    Parameters
+    ----------
+    source : path, onnx.ModelProto, onnx_ir.Model or onnx_graphsurgeon.Graph
+        Never changed.
+    ratios : sequence of float
+        Bytes before over bytes after; each gives the file that :func:`compress` would write.
+
+    Returns
+    -------
+    Frontier
+        One point per ratio, in this order; what is out of reach says so.
+
+    Raises
+    ------
+    OnnxdpError
+        One of its subclasses; see ``onnxdp.errors``.
+    """
+    each = frontier.settings_of(ratios, Settings(**settings))
+    with arrays.one_blas_thread():
+        return frontier.frontier(source, each, progress)
 
 
 def inspect(

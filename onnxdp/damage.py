@@ -12,13 +12,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.network import Meter, bias_input
 from onnxdp.planner import Choice, Curve, Item
-from onnxdp.records import Array, Candidate, Encoded
+from onnxdp.records import Array, Candidate, Encoded, Param
 from onnxdp.settings import Progress
 
 ROUNDS = 6
@@ -45,6 +46,9 @@ SLACK = 0.02
 
 log = logging.getLogger(__name__)
 
+Named: TypeAlias = tuple[str, str, tuple[tuple[str, Param], ...]]
+"""A candidate by weight, method and parameters."""
+
 
 @dataclass(slots=True)
 class Search:
@@ -63,6 +67,8 @@ class Search:
     costly: bool = False
     """Whether one point of every curve has to do."""
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    measured_alone: dict[Named, float] = field(default_factory=dict)
+    """Damage of the candidates that were measured; searches for several targets share it."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -170,9 +176,13 @@ class Search:
 
     def _alone(self, candidate: Candidate) -> float:
         assert self.meter is not None
-        encoded = self.workshop.encode(self._with_sharers(candidate))
-        own = [e for e in encoded if e.weight == candidate.weight]
-        return self.meter.alone(candidate.weight, self.workshop.fed(self.meter.network, own))
+        key = candidate.weight, candidate.method, tuple(sorted(candidate.params.items()))
+        if key not in self.measured_alone:
+            encoded = self.workshop.encode(self._with_sharers(candidate))
+            own = [e for e in encoded if e.weight == candidate.weight]
+            changes = self.workshop.fed(self.meter.network, own)
+            self.measured_alone[key] = self.meter.alone(candidate.weight, changes)
+        return self.measured_alone[key]
 
     def _with_sharers(self, candidate: Candidate) -> list[Candidate]:
         """Return the candidate and those that share its dictionary."""

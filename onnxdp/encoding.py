@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import PlanError
-from onnxdp.methods.form import Form, Solved, Task
+from onnxdp.methods.form import Aimed, Form, Solved, Task
 from onnxdp.network import Network, Stream, bias_input
 from onnxdp.planner import Item
 from onnxdp.probes import Probes
@@ -28,6 +28,8 @@ from onnxdp.stats import Seen
 from onnxdp.weights import Found
 
 Group = tuple[str, ...]
+_WIDE = 3000
+"""Inputs of a weight from which its second moment takes tens of megabytes."""
 _LARGE = 8_000_000
 """Numbers of a weight from which it is not solved beside another such."""
 
@@ -44,6 +46,8 @@ class Workshop:
     device : {"cpu", "cuda"}
     bits : float
         What the target leaves each number, on average.
+    also : tuple of float
+        What further targets leave, to which :meth:`aim` turns.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Workshop:
         *,
         device: str,
         bits: float = 16.0,
+        also: tuple[float, ...] = (),
     ) -> None:
         self.found = found
         self.forms = {f.name: f for f in forms}
@@ -61,6 +66,7 @@ class Workshop:
         self._settings = settings
         self._device = device
         self._bits = bits
+        self._also = also
         self._source: tuple[Network, Probes] | None = None
         self._keep_samples = settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
@@ -108,6 +114,13 @@ class Workshop:
                 if self._keep_samples:
                     self._samples[name] = what.samples
         progress("solving weights", total, total, "")
+
+    def aim(self, bits: float) -> None:
+        """Turn to another target, one of those that were named at the start."""
+        self._bits = bits
+        for solved in self._solved.values():
+            if isinstance(solved, Aimed):
+                solved.aim(bits)
 
     def items(self) -> list[Item]:
         """Return the candidates of every weight, ready for the planner."""
@@ -274,7 +287,7 @@ class Workshop:
         inside = readers[0].node.graph is self.found.values[weight.name].graph
         splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
-        return Task(weight, tensor, samples, splittable, self._bits)
+        return Task(weight, tensor, samples, splittable, self._bits, also=self._also)
 
     def _task_kept(self, name: str) -> Task:
         """Return the task with the samples that were kept, if any."""
@@ -291,7 +304,7 @@ class Workshop:
 
     def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
         form, group = job
-        large = any(self.weights[n].size > _LARGE for n in group)
+        large = any(self.weights[n].size > _LARGE or self.weights[n].inputs > _WIDE for n in group)
         with self._one_at_a_time if large else nullcontext():  # each needs several times its own memory
             return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxdp import arrays, guard, planner, preparation, runtime, stats, timing, verifier, walk, weights
 from onnxdp import model as model_file
-from onnxdp.damage import Search, within_error, within_error_encoded
+from onnxdp.damage import Named, Search, within_error, within_error_encoded
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError, VerifyError
 from onnxdp.methods.form import forms_for
@@ -98,10 +98,14 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
+    _meter: Meter | None = None
+    _measured: dict[Named, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, source: Any, settings: Settings, progress: Progress) -> Job:
-        """Read, prepare, find, probe and solve."""
+    def start(
+        cls, source: Any, settings: Settings, progress: Progress, *, also: Sequence[Settings] = ()
+    ) -> Job:
+        """Read, prepare, find, probe and solve; once for the targets of further settings, too."""
         started = time.perf_counter()
         seconds: dict[str, float] = {}
         runtime.onnxruntime()
@@ -123,8 +127,8 @@ class Job:
             sequential = any(f.sequential for f in forms)
             found, made = preparation.probed(network, found, settings, many=sequential)
             fit, held_out = made.split(FIT_SHARE)
-        bits = _bits_left(model, found, settings)
-        workshop = Workshop(found, forms, settings, device=device, bits=bits)
+        bits, *more = (_bits_left(model, found, s) for s in (settings, *also))
+        workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
         with _clock(seconds, "solving"):
             workshop.solve(network, fit, progress)
         return cls(
@@ -140,6 +144,22 @@ class Job:
             notices,
             seconds,
             started,
+        )
+
+    def aimed(self, settings: Settings) -> Job:
+        """Return the job turned to another target, one of those it was started for.
+
+        What was read, probed, solved and measured is shared; the job itself is not to be asked any more.
+        """
+        self.workshop.aim(_bits_left(self.model, self.found, settings))
+        return replace(
+            self,
+            settings=settings,
+            notices=list(self.notices),
+            seconds={},
+            started=time.perf_counter(),
+            _encoded=None,
+            _meter=self._measuring(),
         )
 
     @property
@@ -160,12 +180,8 @@ class Job:
         """Choose."""
         limit = self.settings.error_target
         with _clock(self.seconds, "choosing"):
-            held_out = (
-                self.held_out.split(0.5)[0] if self.costly and self.held_out.samples >= 8 else self.held_out
-            )
-            meter = Meter(self.network, held_out)
-            meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
-            search = Search.of(self.workshop, meter, self._overhead(), self.progress)
+            search = Search.of(self.workshop, self._measuring(), self._overhead(), self.progress)
+            search.measured_alone = self._measured
             search.budget = budget = self.settings.budget(self.model.nbytes)
             search.costly = self.costly
             reached = self._gain_possible(search)
@@ -198,6 +214,15 @@ class Job:
             tuple(candidates),
             (*kept, *self.found.kept),
         )
+
+    def _measuring(self) -> Meter:
+        """Return what measures damage: kept from an earlier target, or new (it holds much memory)."""
+        if self._meter is not None:
+            return self._meter
+        few = self.costly and self.held_out.samples >= 8
+        meter = Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
+        meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
+        return meter
 
     def check(self, made: Plan) -> None:
         """Refuse a plan of another model, or one that names what does not exist."""
@@ -236,11 +261,7 @@ class Job:
         dry_run: bool,
     ) -> tuple[Any, Report]:
         """Encode, rewrite, verify and write; returns what :class:`onnxdp.Result` holds."""
-        with _clock(self.seconds, "encoding"):
-            encoded, shifts = self._encoded or self._encode(
-                made.choices, refit=bool(made.settings.get("refit"))
-            )
-            result = self._rewritten(encoded, shifts)
+        result, encoded = self.built(made)
         if saved := result.ir.meta.get(ShortenNames.KEY):
             self.notices.append(
                 "Internal names were shortened, default attributes left out, equal constants put together, "
@@ -279,12 +300,20 @@ class Job:
             verification=verification,
             latency_ratio=latency,
             seconds=dict(self.seconds),
-            versions=_versions(),
+            versions=versions(),
             device=self.device,
             notices=tuple(self.notices),
             dry_run=dry_run,
         )
         return out, report
+
+    def built(self, made: Plan) -> tuple[Model, list[Encoded]]:
+        """Encode and rewrite; returns the result and its weights."""
+        with _clock(self.seconds, "encoding"):
+            encoded, shifts = self._encoded or self._encode(
+                made.choices, refit=bool(made.settings.get("refit"))
+            )
+            return self._rewritten(encoded, shifts), encoded
 
     def _refitted(self, search: Search, choice: Choice) -> bool:
         """Encode the choice, refitted where asked for or where that helps; return whether it was."""
@@ -531,6 +560,7 @@ def file_of(model: Model) -> File:
     return File(None if model.path is None else str(model.path), model.sha256, model.nbytes)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Say which releases did the work."""
     names = ("onnxdp", "onnx", "onnx-ir", "numpy")
     return {n: metadata.version(n) for n in names} | {"onnxruntime": runtime.onnxruntime().__version__}

@@ -39,7 +39,7 @@ class Network:
     model : Model
         Not changed.
     found : Found
-        Its weights; those that have a matrix (and a type that can be fed) are lifted.
+        Its weights; all that have a type and a name that can be fed are lifted, those of subgraphs too.
     threads : int or None
     provider : {"cpu", "cuda"}
     """
@@ -49,11 +49,8 @@ class Network:
     ) -> None:
         copied = model_file.copy(model)
         twin = weights.find(copied.ir)
-        lifted = [
-            w
-            for w in found.weights
-            if w.op in ("Conv", "Gemm", "MatMul") and w.dtype != "bfloat16" and w.inputs > 1
-        ]
+        shadowed = _names_of_others(copied.ir, twin.values)
+        lifted = [w for w in found.weights if w.dtype != "bfloat16" and w.name not in shadowed]
         centred = [w for w in lifted if can_centre(found, w)]
         self.fed: dict[str, Array] = {}
         for w in lifted:
@@ -391,6 +388,17 @@ def _reads(node: onnx.NodeProto) -> set[str]:
             for inner in graph.node:
                 names |= _reads(inner)
     return names
+
+
+def _names_of_others(model: ir.Model, values: Mapping[str, ir.Value]) -> set[str]:
+    """Name every value but the weights: an input of a weight's name would hide in a subgraph that has one."""
+    own = {id(v) for v in values.values()}
+    every = (
+        v
+        for graph in model.graphs()
+        for v in (*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs))
+    )
+    return {v.name for v in every if v.name and id(v) not in own}
 
 
 def _bias_of(node: ir.Node, outputs: int) -> Array:

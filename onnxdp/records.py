@@ -283,6 +283,65 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """What one ratio gives; all None but ``reason`` where it is out of reach.
+
+    Attributes
+    ----------
+    asked : float
+        Bytes before over bytes after, as asked for.
+    budget : int
+        Bytes that the whole file may have.
+    nbytes : int or None
+        Bytes of the whole file, exactly.
+    sha256 : str or None
+        Of that file, as ``compress --ratio`` writes it.
+    damage : float or None
+        Relative squared error at the outputs, as foreseen for all weights together.
+    error : float or None
+        Relative error of the outputs, measured on held-out probes.
+    reason : str or None
+        Why there is no such file; None where there is.
+    seconds : float
+        Time for this ratio, beyond what all share.
+    """
+
+    asked: float
+    budget: int
+    nbytes: int | None
+    sha256: str | None
+    ratio: float | None
+    damage: float | None
+    error: float | None
+    reason: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Size against damage of one model, from one analysis.
+
+    Attributes
+    ----------
+    points : tuple of FrontierPoint
+        In the order asked.
+    settings : mapping
+        The settings that encoding depends on.
+    seconds : mapping of str to float
+        Per stage, all ratios together, and ``total``.
+    """
+
+    source: File
+    points: tuple[FrontierPoint, ...]
+    settings: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    device: str
+    notices: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
 class InspectedWeight:
     """One weight of a file, as :func:`onnxdp.inspect` sees it.
 

@@ -42,8 +42,8 @@ class Seen:
 
 
 def rows_wanted(weight: Weight) -> int:
-    """Return the sampled rows for a weight: sixteen for each input, 1024 to 8192 (long ones to 4096)."""
-    return int(np.clip(16 * weight.inputs, 1024, 8192 if weight.inputs <= 640 else 4096))
+    """Return the sampled rows for a weight: 32 for each input, 2048 to 16384 (long ones to 4096)."""
+    return int(np.clip(32 * weight.inputs, 2048, 16384 if weight.inputs <= 640 else 4096))
 
 
 def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Sequence[Weight]]]:

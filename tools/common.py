@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -83,13 +84,18 @@ def files(names: Iterable[str], folder: Path, *, small: bool = False) -> Iterabl
 
 @dataclass(frozen=True)
 class Ran:
-    """How one process went; ``peak`` is its largest resident memory in bytes (VmHWM), 0 where unknown."""
+    """How one process went.
+
+    ``peak`` is its largest resident memory in bytes (VmHWM), 0 where unknown; ``cpu`` the seconds it kept
+    processors busy, which other work on the machine changes less than ``seconds``.
+    """
 
     code: int
     out: str
     err: str
     seconds: float
     peak: int
+    cpu: float = 0.0
 
     @property
     def sentence(self) -> str:
@@ -100,7 +106,7 @@ class Ran:
 def run(command: Sequence[str | Path], cwd: Path | None = None) -> Ran:
     """Run a fresh process and watch its memory."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _cpu()
         process = subprocess.Popen(
             [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd
         )
@@ -116,7 +122,13 @@ def run(command: Sequence[str | Path], cwd: Path | None = None) -> Ran:
         seconds = time.perf_counter() - start
         out.seek(0)
         err.seek(0)
-        return Ran(process.returncode, out.read(), err.read(), seconds, peak)
+        return Ran(process.returncode, out.read(), err.read(), seconds, peak, _cpu() - before)
+
+
+def _cpu() -> float:
+    """Return the processor seconds of all processes that ended under us."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _peak(pid: int) -> int:
@@ -229,8 +241,9 @@ def into(path: Path | None, name: str, text: str) -> None:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Format min / median / max."""
-    return " / ".join(f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    """Format min / median / max, or the one value that there is."""
+    shown = (min(values), statistics.median(values), max(values)) if len(values) > 1 else values
+    return " / ".join(f"{v:.{digits}f}" for v in shown)
 
 
 def megabytes(nbytes: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,13 +152,17 @@ ROUNDINGS = {"nearest, largest value": "max", "nearest, least squares": "mse"}
 
 
 def python_of(environment: str, folder: Path) -> Path:
-    """Return the interpreter of an environment; made once, and again where the requirements changed."""
-    room = folder / environment
-    stamp, wanted = room / "requirements", "\n".join(ENVIRONMENTS[environment])
+    """Return the interpreter of a rival's environment."""
+    return python_with(ENVIRONMENTS[environment], folder / environment)
+
+
+def python_with(requirements: Sequence[str], room: Path) -> Path:
+    """Return the interpreter of a virtual environment; made once, and again where the requirements changed."""
+    stamp, wanted = room / "requirements", "\n".join(requirements)
     if not stamp.exists() or stamp.read_text() != wanted:
-        say(f"installing {wanted.replace(chr(10), ', ')} into {room}")
+        say(f"installing {', '.join(requirements)} into {room}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", room], check=True)
         pip = [str(room / "bin" / "python"), "-m", "pip", "install", "-qq"]
-        subprocess.run([*pip, *ENVIRONMENTS[environment]], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run([*pip, *requirements], check=True, stdin=subprocess.DEVNULL)
         stamp.write_text(wanted)
     return room / "bin" / "python"

@@ -89,7 +89,14 @@ def measure(source: Path, tool: str, asked: argparse.Namespace) -> dict[str, Any
             return {**row, "sentence": ran.sentence or f"exit {ran.code}"}
         report = Path(folder) / "report.json"
         stages = json.loads(report.read_text())["seconds"] if report.exists() else {}
-        return {**row, "seconds": ran.seconds, "peak": ran.peak, "bytes": size(out), "stages": stages}
+        return {
+            **row,
+            "seconds": ran.seconds,
+            "cpu": ran.cpu,
+            "peak": ran.peak,
+            "bytes": size(out),
+            "stages": stages,
+        }
 
 
 def line(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -97,11 +104,12 @@ def line(rows: Sequence[dict[str, Any]]) -> list[str]:
     first, good = rows[0], [r for r in rows if "seconds" in r]
     name = f"{first['model']} ({megabytes(first['before'])} MB)"
     if not good:
-        return [name, first["tool"], f"failed: {first['sentence']}", "", "", "", ""]
+        return [name, first["tool"], f"failed: {first['sentence']}", *[""] * 5]
     peak = max(r["peak"] for r in good)
     nbytes = good[0]["bytes"]
     return [
-        *(name, first["tool"], spread([r["seconds"] for r in good]), f"{peak / 1e6:.0f}"),
+        *(name, first["tool"], spread([r["seconds"] for r in good])),
+        *(f"{statistics.median(r['cpu'] for r in good):.1f}", f"{peak / 1e6:.0f}"),
         *(f"{peak / first['before']:.1f}", megabytes(nbytes), f"{first['before'] / nbytes:.2f}"),
     ]
 
@@ -145,7 +153,16 @@ def main() -> int:
                     rows.append(measure(source, tool, asked))
     cells = dict.fromkeys((r["model"], r["tool"]) for r in rows)
     lines = [line([r for r in rows if (r["model"], r["tool"]) == cell]) for cell in cells]
-    headers = ["model", "tool", "seconds, min / median / max", "peak, MB", "peak / file", "MB after", "ratio"]
+    headers = [
+        "model",
+        "tool",
+        "seconds, min / median / max",
+        "CPU seconds",
+        "peak, MB",
+        "peak / file",
+        "MB after",
+        "ratio",
+    ]
     note = f"onnxdp --ratio {asked.ratio:g}; {machine()}. Stages of onnxdp:"
     tell(asked, "speed", rows, f"{markdown(headers, lines)}\n\n{note}\n\n{stages(rows)}")
     return 0

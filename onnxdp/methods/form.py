@@ -51,6 +51,8 @@ class Task:
     given to sequential forms, which make W move towards it (method.md 1.3)."""
     quick: bool = False
     """Whether the result is only to be measured: little effort will do."""
+    also: tuple[float, ...] = ()
+    """What further targets leave, that the same solution is to serve (:class:`Aimed`)."""
 
 
 class Solved(Protocol):
@@ -67,6 +69,14 @@ class Solved(Protocol):
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         """Return the arrays of one of the candidates, named by its params."""
+
+
+@runtime_checkable
+class Aimed(Protocol):
+    """A solution whose candidates depend on what the target leaves each number."""
+
+    def aim(self, bits: float) -> None:
+        """Turn to another target: ``bits`` is the task's own or among its ``also``."""
 
 
 @runtime_checkable

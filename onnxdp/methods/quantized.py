@@ -217,18 +217,24 @@ class _Roundings:
         self._weight = task.weight
         self._device = device
         problem = _Problem.of(task, device)
-        self._made = {n: self._quick(task, n, problem) for n in _scan(task.bits)}
+        self._tried = _scan(task.bits)
+        tried = {n for bits in (task.bits, *task.also) for n in _scan(bits)}
+        self._made = {n: self._quick(task, n, problem) for n in sorted(tried)}
+
+    def aim(self, bits: float) -> None:
+        """Let the numbers of levels that another target tries speak for the others."""
+        self._tried = _scan(bits)
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         """Return one per number of levels; errors between those tried lie on a line in logarithms."""
-        known = sorted(self._made)
+        known = self._tried
         steps = np.log([n - 1 for n in known])
         errors = np.log([max(self._made[n].error, 1e-12) for n in known])
         return [(self._candidate(n, float(np.exp(_along(np.log(n - 1), steps, errors)))),) for n in LEVELS]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
         """Return those that were tried."""
-        return [(self._candidate(n, self._made[n].error),) for n in sorted(self._made)]
+        return [(self._candidate(n, self._made[n].error),) for n in self._tried]
 
     def ready(self, params: Sequence[Params]) -> bool:
         return int(params[0]["levels"]) in self._made

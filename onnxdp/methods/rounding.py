@@ -69,20 +69,21 @@ class Curvature:
                 "give real inputs with --inputs or --calibrate."
             )
         order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
-        ordered = _take(_take(moment, order), order, axis=1)
-        one = xp.astype(arrays.eye(moment.shape[-1], moment), moment.dtype)[None, ...]
-        lower = None
-        while lower is None:
-            h = ordered + damping[:, None, None] * one
-            lower = arrays.try_cholesky(xp.flip(h, axis=(-2, -1)))
-            damping = damping if lower is not None else damping * 10
+        h = _take(_take(moment, order), order, axis=1)
+        del moment  # large: of every matrix here there is one
+        _raise_diagonal(h, damping)
+        while (lower := arrays.try_cholesky(xp.flip(h, axis=(-2, -1)))) is None:
+            _raise_diagonal(h, 9 * damping)
+            damping = 10 * damping
         upper = xp.flip(lower, axis=(-2, -1))
-        roots = xp.linalg.diagonal(upper)
-        feedback = upper / roots[:, None, :] - one
+        roots = xp.linalg.diagonal(upper) + 0.0
+        feedback = upper / roots[:, None, :]
+        del lower, upper
+        _raise_diagonal(feedback, -xp.ones_like(damping))
         single = xp.float32
         return cls(
-            xp.astype(h, single),
-            xp.astype(feedback, single),
+            xp.astype(h, single, copy=False),
+            xp.astype(feedback, single, copy=False),
             xp.astype(roots**2, single),
             order,
             xp.astype(damping, single),
@@ -195,6 +196,14 @@ def round_weights(
     energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
     digits = _take(q + half, xp.argsort(curvature.order, axis=-1))
     return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
+
+
+def _raise_diagonal(stack: Array, by: Array) -> None:
+    """Add ``by`` (stack,) to the diagonals of (stack, m, m), in place."""
+    xp = arrays.namespace(stack)
+    m = stack.shape[-1]
+    flat = xp.reshape(stack, (stack.shape[0], m * m), copy=False)
+    flat[:, :: m + 1] += xp.astype(by, stack.dtype)[:, None]
 
 
 def _feedback(w: Array, feedback: Array, half: float) -> Array:
