@@ -12,6 +12,7 @@ to import, and ``onnxdp --help`` needs none of them.
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "Frontier",
     "MethodError",
     "ModelError",
     "OnnxdpError",
@@ -47,12 +48,12 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
-    from onnxdp.records import Plan, Report
+    from onnxdp.records import Frontier, Plan, Report
     from onnxdp.settings import Settings
 
     __version__: str
 else:
-    _HOMES = {"Plan": "records", "Report": "records", "Settings": "settings"}
+    _HOMES = {"Frontier": "records", "Plan": "records", "Report": "records", "Settings": "settings"}
 
     def __getattr__(name):
         """Load a public name on first use."""

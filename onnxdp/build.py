@@ -360,7 +360,12 @@ def _split(
 
 
 def briefly(array: Array, name: str) -> ir.TensorProtocol:
-    """Give integers as varints where these are fewer bytes than the raw numbers."""
+    """Give integers as varints where these are fewer bytes than the raw numbers; uint32 always raw.
+
+    OpenVINO (2026.4) takes every 64-bit varint of a uint32 tensor for two numbers: 1 7056 is read as 1 0.
+    """
     raw = numpy_helper.from_array(array, name)
+    if array.dtype == np.uint32:
+        return ir.serde.TensorProtoTensor(raw)
     brief = helper.make_tensor(name, raw.data_type, array.shape, array.reshape(-1).tolist())
     return ir.serde.TensorProtoTensor(min(brief, raw, key=lambda t: t.ByteSize()))

@@ -31,9 +31,11 @@ from onnxdp.settings import (
     DEVICES,
     FACTOR_DTYPES,
     SOLVERS,
+    TARGETS,
     Progress,
     Settings,
     help_of,
+    parse_numbers,
 )
 
 if TYPE_CHECKING:
@@ -325,6 +327,40 @@ def plan(source: Path, output: Path | None, overwrite: bool, talk: _Talk, **sett
         made = api.plan(source, progress=progress, **settings)
     files.write(output, made.to_json())
     talk.answer(made, show.plan_lines(made, None if output is None else str(output)))
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=_FILE)
+@click.option(
+    "--ratios",
+    default="2,4,8,12,16",
+    show_default=True,
+    metavar="R,R,...",
+    help="How many times smaller the whole file is to be made.",
+)
+@click.option("--plot", type=_FILE, metavar="FILE", help="Draw it as .png, .svg or .pdf (extra 'plots').")
+@_settings(*(f.name for f in dataclasses.fields(Settings) if f.name not in TARGETS))
+@_overwriting
+@_talking
+def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: _Talk, **settings: Any) -> int:
+    """Show what each size costs the outputs, from one analysis of IN.
+
+    Every ratio gives the file that compress --ratio writes; none is written here. Exit code 1: none is
+    within reach.
+    """
+    wanted = parse_numbers("--ratios", ratios, above=1)
+    Settings(**settings)
+    files.distinct(source, plot)
+    files.require_free(plot, overwrite)
+    with talk.working() as progress:
+        from onnxdp import api, plots
+
+        plots.require(plot)
+        found = api.sweep(source, wanted, progress=progress, **settings)
+        if plot is not None:
+            files.write(plot, plots.frontier(found, plot))
+    talk.answer(found, show.frontier_lines(found, None if plot is None else str(plot)))
+    return 0 if any(p.nbytes is not None for p in found.points) else 1
 
 
 @main.command()

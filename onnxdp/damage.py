@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import TypeAlias
 
 from onnxdp import planner
@@ -31,12 +32,12 @@ APART = 1.5
 """Damage as a whole over the sum of its parts, beyond which the choice is repaired."""
 SLIGHT = 0.01
 """Damage that is not worth a repair."""
-_ENCODINGS = {False: 4, True: 2}
+_ENCODINGS = {False: 5, True: 3}
 """Times that a choice is encoded on the way to an error, and where the network is costly."""
 LIMIT = 3.0
 """Most by which one repair may change what a weight counts."""
 TRUST = 0.5
-"""Power of what a weight counts within the whole over what it does alone: the layers after it have adapted."""
+"""Power of what a weight counts within the whole over what it does alone: later layers have adapted."""
 TILT = 2.0
 """What the last weight's damage counts over what it does alone, and the first's the other way round."""
 SMALL = 0.05
@@ -122,18 +123,37 @@ class Search:
         sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
         held = sum(sizes.values())
         worth = _largest(sizes, 1 - min(SMALL, SLACK * (self.budget or held) / (2 * max(held, 1))))
+        unreached: list[Candidate] = []
         for done, name in enumerate(worth):
             self.progress("measuring damage", done, len(worth), name)
-            self._scan_one(name)
+            unreached += self._scan_one(name)
+        self._presume(unreached)
         for item in self.items:
             for name in set(item.names) & (set(sizes) - set(worth)):
                 self._spare[name] = item.alone[name]
                 item.alone[name] = tuple(c for c in item.alone[name] if c.error**2 <= FREE)
 
-    def _scan_one(self, name: str) -> None:
-        for c in self.workshop.points(name, middle=self.costly):
-            if c.error**2 > FREE and not self._known(c):
-                self.curve(c).add(c.error**2, self._alone(c))
+    def _scan_one(self, name: str) -> list[Candidate]:
+        points = self.workshop.points(name, middle=self.costly)
+        return [c for c in points if c.error**2 > FREE and not self._known(c) and not self._entered(c)]
+
+    def _entered(self, candidate: Candidate) -> bool:
+        """Measure a candidate and enter it into its curve; False where no probe reaches its weight."""
+        damage = self._alone(candidate)
+        if damage:
+            self.curve(candidate).add(candidate.error**2, damage)
+        return bool(damage)
+
+    def _presume(self, unreached: Sequence[Candidate]) -> None:
+        """Let errors of weights that no probe reaches, in another branch of an If, count as others' do."""
+        rates = (
+            [d / s for c in self.curves.values() for s, d in zip(c.squares, c.damages, strict=True)]
+            if unreached
+            else []
+        )
+        rate = max(1.0, median(rates)) if rates else 1.0
+        for c in unreached:
+            self.curve(c).add(c.error**2, rate * c.error**2)
 
     def _known(self, candidate: Candidate) -> bool:
         near = self.workshop.forms[candidate.method].near
@@ -146,7 +166,7 @@ class Search:
         for item in self.items:
             for name in set(item.names) & set(self._spare):
                 item.alone[name] = self._spare.pop(name)
-                self._scan_one(name)
+                self._presume(self._scan_one(name))
         return given
 
     def _choose(self, budget: int) -> Choice:
@@ -169,9 +189,12 @@ class Search:
             and c.weight in self.meter.network.fed
             and not self._known(c)
         ]
+        unreached: list[Candidate] = []
         for done, c in enumerate(new):
             self.progress(f"measuring damage, round {number + 1}", done, len(new), c.weight)
-            self.curve(c).add(c.error**2, self._alone(c))
+            if not self._entered(c):
+                unreached.append(c)
+        self._presume(unreached)
         return len(new)
 
     def _alone(self, candidate: Candidate) -> float:
@@ -275,6 +298,11 @@ class Search:
         log.info("repaired: damage %.4g", again)
         return other if again < damage else choice
 
+    def untouched(self) -> Choice:
+        """Return the choice that keeps every weight."""
+        kept = {n: options[0] for item in self.items for n, options in item.alone.items()}
+        return Choice(kept, sum(c.nbytes for c in kept.values()), 0.0)
+
     def smallest(self) -> Choice:
         """Return the smallest choice there is."""
         return planner.cheapest(self.items, self.overhead)
@@ -338,12 +366,15 @@ def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
 
 
 def within_error_encoded(
-    search: Search, limit: float, encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]]
+    search: Search,
+    limit: float,
+    encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]],
+    measure: Callable[[list[Encoded], dict[str, Array]], float],
 ) -> tuple[Choice, tuple[list[Encoded], dict[str, Array]]]:
     """Return the smallest choice found whose outputs, once encoded layer by layer, stay within ``limit``.
 
     What layers make up for one another is not foreseen: a choice is encoded, its error measured, and the
-    damage allowed to the next is corrected by the ratio.
+    damage allowed to the next is corrected by the ratio, or lies between what fitted and what did not.
 
     Parameters
     ----------
@@ -352,26 +383,33 @@ def within_error_encoded(
         Relative output error (amplitude).
     encode : callable
         Gives the arrays of a choice, and what biases gain.
+    measure : callable
+        Gives the relative output error of these, as the file will have it.
 
-    Raises
-    ------
-    TargetError
-        No choice that was tried stays within the limit.
+    Returns
+    -------
+    Choice, (list of Encoded, dict of str to ndarray)
+        The choice that changes nothing where none that was tried stays within the limit.
     """
-    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] | None = None
-    allowed = limit**2
+    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] = search.untouched(), ([], {})
+    allowed, low, high = limit**2, 0.0, math.inf
+    least = search.smallest().candidates
+    tried: list[tuple[Choice, float]] = []
     for _ in range(_ENCODINGS[search.costly]):
         choice = _within_damage(search, allowed)
-        encoded = encode(choice)
-        error = search.measured(*encoded)[1]
-        log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
-        if error <= limit and (best is None or choice.nbytes < best[0].nbytes):
-            best = choice, encoded
-        if 0.85 * limit <= error <= limit:
+        error = next((e for c, e in tried if c.candidates == choice.candidates), math.nan)
+        if math.isnan(error):
+            encoded = encode(choice)
+            error = measure(*encoded)
+            tried.append((choice, error))
+            log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
+            if error <= limit and choice.nbytes < best[0].nbytes:
+                best = choice, encoded
+        if 0.85 * limit <= error <= limit or (error <= limit and choice.candidates == least):
             break
-        allowed *= (0.93 * limit / max(error, 1e-3 * limit)) ** 2
-    if best is None:
-        raise TargetError("out of reach")
+        low, high = (max(low, allowed), high) if error <= limit else (low, min(high, allowed))
+        aim = allowed * (0.93 * limit / max(error, 1e-3 * limit)) ** 2
+        allowed = aim if low < aim < high else (low * high) ** 0.5
     return best
 
 

@@ -1,4 +1,4 @@
-"""The small files that the command line writes beside a model: reports and plans, whole or not at all."""
+"""The small files that the command line writes: reports, plans, pictures, whole or not at all."""
 
 from __future__ import annotations
 
@@ -45,15 +45,16 @@ def distinct(*paths: Path | None) -> None:
             raise UsageError(f"{path} is named twice on this command line; give two different files.")
 
 
-def write(path: Path | None, text: str) -> None:
-    """Write a text file whole or not at all."""
+def write(path: Path | None, content: str | bytes) -> None:
+    """Write a text file (or any other) whole or not at all."""
     if path is None:
         return
+    data = content if isinstance(content, bytes) else f"{content}\n".encode()
     path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)  # mkstemp makes it private

@@ -20,7 +20,7 @@ from onnxdp import runtime, verifier
 from onnxdp.errors import TargetError, UsageError, VerifyError
 from onnxdp.job import ENCODING_SETTINGS, Job, file_of, versions
 from onnxdp.records import File, Frontier, FrontierPoint, Plan, to_plain
-from onnxdp.settings import Progress, Settings
+from onnxdp.settings import TARGETS, Progress, Settings
 from onnxdp.verifier import Reference
 
 
@@ -34,7 +34,7 @@ def settings_of(ratios: Sequence[float], given: Settings) -> list[Settings]:
     """
     if not ratios:
         raise UsageError("--ratios names no ratio; give some, such as 2,4,8.")
-    for name in ("size", "max_error", "ratio"):
+    for name in TARGETS:
         if getattr(given, name) is not None:
             raise UsageError(f"A sweep takes its targets from the ratios alone; leave {name} out.")
     made = [replace(given, ratio=r) for r in ratios]
@@ -55,7 +55,7 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     progress : callable
     """
     job = Job.start(source, each[0], progress, also=each[1:])
-    seconds = Counter(job.seconds)
+    seconds = dict(job.seconds)
     path = job.model.path
     session = runtime.session(path if path is not None else model_file.serialize(job.model))
     reference = Reference.of(session, job.held_out)
@@ -63,12 +63,18 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     started, notices = job.started, tuple(job.notices)
     points = []
     for settings in each:
-        job = job.aimed(settings)
+        job = replace(job.aimed(settings), progress=_for_ratio(progress, settings))
         points.append(_point(job, reference))
-        seconds.update(job.seconds)
+        for stage, took in job.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + took
     seconds["total"] = time.perf_counter() - started
     kept = {k: v for k, v in to_plain(each[0]).items() if k in ENCODING_SETTINGS}
-    return Frontier(file_of(job.model), tuple(points), kept, dict(seconds), versions(), job.device, notices)
+    return Frontier(file_of(job.model), tuple(points), kept, seconds, versions(), job.device, notices)
+
+
+def _for_ratio(progress: Progress, settings: Settings) -> Progress:
+    """Return what names the ratio at hand before every stage."""
+    return lambda stage, done, total, name: progress(f"{settings.ratio:g}x: {stage}", done, total, name)
 
 
 def _point(job: Job, reference: Reference) -> FrontierPoint:

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -51,8 +51,14 @@ FIT_SHARE = 0.75
 LARGE = 256_000_000
 """Bytes of a model from which the two sessions are not held at once, so that latencies are not compared."""
 
+NARROW_SHARE = 0.1
+"""Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
+
 NEAR = 0.001
 """Share of the budget that may be left over."""
+
+KEPT = 0.3
+"""About the share of a file beside its weights that is left once names are short and biases are float16."""
 
 SHORTEN_FROM = 0.01
 """Share of the result's bytes from which names and defaults are shortened unasked."""
@@ -99,6 +105,7 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
     _meter: Meter | None = None
+    _narrowed: bool = True
     _measured: dict[Named, float] = field(default_factory=dict)
 
     @classmethod
@@ -160,6 +167,7 @@ class Job:
             started=time.perf_counter(),
             _encoded=None,
             _meter=self._measuring(),
+            _narrowed=True,
         )
 
     @property
@@ -188,7 +196,9 @@ class Job:
             if budget is not None:
                 choice = self._within_bytes(search, budget, reached)
             elif limit is not None and self._sequential:
-                choice, self._encoded = within_error_encoded(search, limit, self._one_by_one)
+                choice, self._encoded = within_error_encoded(
+                    search, limit, self._one_by_one, self._file_error(search, limit)
+                )
             elif limit is not None:
                 choice = within_error(search, limit)
             else:
@@ -214,6 +224,26 @@ class Job:
             tuple(candidates),
             (*kept, *self.found.kept),
         )
+
+    def _file_error(self, search: Search, limit: float) -> Callable[[list[Encoded], dict[str, Array]], float]:
+        """Return what measures the output error of arrays in the file they give, small vectors included.
+
+        These stay exact from the first measurement on in which float16 takes too much of the limit.
+        """
+        if self.model.nbytes > LARGE:
+            return lambda encoded, shifts: search.measured(encoded, shifts)[1]
+        reference = verifier.Reference.of(runtime.session(model_file.serialize(self.model)), self.held_out)
+
+        def measure(encoded: list[Encoded], shifts: dict[str, Array]) -> float:
+            made = model_file.serialize(self._rewritten(encoded, shifts))
+            outputs = verifier.compare(reference, runtime.session(made), self.held_out).outputs
+            error = max((o.relative for o in outputs), default=0.0)
+            if self._narrowed and error - search.measured(encoded, shifts)[1] > NARROW_SHARE * limit:
+                self._narrowed = False
+                return measure(encoded, shifts)
+            return error if math.isfinite(error) else math.inf
+
+        return measure
 
     def _measuring(self) -> Meter:
         """Return what measures damage: kept from an earlier target, or new (it holds much memory)."""
@@ -352,7 +382,8 @@ class Job:
                 f"the best reachable is {reached:,} bytes ({self.model.nbytes / reached:.2f}x); "
                 f"ask for that (--size {reached}) or less."
             )
-        room = budget - (self.model.nbytes - sum(w.nbytes for w in self.found.weights))
+        # What is no candidate's, and what the estimates of decoding are off by, shows in the smallest result.
+        room = budget - reached + search.smallest().nbytes
         fitting = self._fitting(search, budget, room)
         if fitting is None:
             return search.smallest()
@@ -362,11 +393,10 @@ class Job:
         """Return a choice whose file fits the budget, closely, and the room for weights that gave it."""
         best: Choice | None = None
         low, high = -math.inf, math.inf  # rooms that are known to fit, and not to
+        least = search.smallest().nbytes
         for _ in range(8):
-            try:
-                choice = search.within(room)
-            except TargetError:  # by the estimate of what decodes; the exact count says it can be reached
-                break
+            room = max(room, least)  # of the estimates; the exact count says that the target can be reached
+            choice = search.within(room)
             over = self._size(choice) - budget
             if over > 0:
                 high = room
@@ -379,7 +409,7 @@ class Job:
             room -= max(over, 64) if over > 0 else over
             if not low < room < high:
                 room = int(low + high) // 2
-            if high - low < 128:
+            if high - low < 128 or room < least == high:
                 break
         return None if best is None else (best, int(low))
 
@@ -394,7 +424,7 @@ class Job:
         return choice
 
     def _reweighed(self, search: Search, choice: Choice, room: int, budget: int) -> Choice:
-        """Return the choice, or the one made with every change weighed within the whole, if that is better."""
+        """Return the choice, or the one made with every change weighed within the whole, if it is better."""
         if stats.macs(self.found.weights) > REWEIGHED:
             return choice
         encoded = self._one_by_one(choice, quick=True)
@@ -425,7 +455,9 @@ class Job:
         twin = weights.find(copied.ir)
         twin = replace(twin, weights=self.found.weights)
         provenance = f"{metadata.version('onnxdp')} {self.settings.method}"
-        ReplaceWeights(twin, encoded, self.workshop.forms, shifts, provenance)(copied.ir)
+        ReplaceWeights(twin, encoded, self.workshop.forms, shifts, provenance, narrowed=self._narrowed)(
+            copied.ir
+        )
         return self._shortened(copied)
 
     def _shortened(self, result: Model) -> Model:
@@ -531,7 +563,7 @@ def _bits_left(model: Model, found: Found, settings: Settings) -> float:
     budget = settings.budget(model.nbytes)
     if budget is None:
         return 16.0
-    left = budget - (model.nbytes - sum(w.nbytes for w in found.weights))
+    left = budget - KEPT * (model.nbytes - sum(w.nbytes for w in found.weights))
     return float(np.clip(8 * left / max(sum(w.size for w in found.weights), 1), 0.5, 16.0))
 
 

@@ -49,7 +49,7 @@ class Network:
     ) -> None:
         copied = model_file.copy(model)
         twin = weights.find(copied.ir)
-        shadowed = _names_of_others(copied.ir, twin.values)
+        shadowed = _names_of_others(copied.ir, [twin.values[w.name] for w in found.weights])
         lifted = [w for w in found.weights if w.dtype != "bfloat16" and w.name not in shadowed]
         centred = [w for w in lifted if can_centre(found, w)]
         self.fed: dict[str, Array] = {}
@@ -219,8 +219,9 @@ class Meter:
         self.network = network
         self._probes = probes
         self.watched = _before_softmax(network.proto.graph)
-        self._session = network.session(self.watched)
-        self._base = [self._clean(network.run(self._session, f, self.watched, {})) for f in probes.feeds]
+        self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
+        self._session = network.session(self._all)
+        self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
         self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
         self._size = {n: float(sum(np.square(b[n]).sum() for b in self._base)) for n in self._floating()}
         self._suffixes: dict[int, Suffix] = {}
@@ -231,10 +232,10 @@ class Meter:
         """Return (damage, relative output error) of all changes at once.
 
         Damage is the squared error of the watched outputs over their variance between samples, the mean of
-        all outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs.
+        all outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs as they are.
         """
         got = [
-            self._clean(self.network.run(self._session, f, self.watched, changes)) for f in self._probes.feeds
+            self._clean(self.network.run(self._session, f, self._all, changes)) for f in self._probes.feeds
         ]
         self.runs += 1
         return self._compare(got)
@@ -310,16 +311,20 @@ class Meter:
         }
 
     def _floating(self) -> Iterator[str]:
-        for name in self.watched:
+        for name in self._all:
             if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
                 yield name
 
     def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
         damages, errors = [0.0], [0.0]
         for name in self._floating():
+            if name not in got[0]:
+                continue
             apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
-            damages.append(apart / (self._power[name] or 1.0))
-            errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
+            if name in self.watched:
+                damages.append(apart / (self._power[name] or 1.0))
+            if name in self.network.outputs:
+                errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
         return sum(damages) / max(1, len(damages) - 1), max(errors)
 
 
@@ -390,9 +395,9 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def _names_of_others(model: ir.Model, values: Mapping[str, ir.Value]) -> set[str]:
+def _names_of_others(model: ir.Model, weights_: Sequence[ir.Value]) -> set[str]:
     """Name every value but the weights: an input of a weight's name would hide in a subgraph that has one."""
-    own = {id(v) for v in values.values()}
+    own = {id(v) for v in weights_}
     every = (
         v
         for graph in model.graphs()

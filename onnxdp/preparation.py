@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.passes import FreezeInitializers, ReplaceWeights
 from onnxdp.probes import InputSpec, Probes
+from onnxdp.records import Array
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
 
@@ -56,7 +58,34 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
-    return found, probes_for(network.specification, settings, network, usual=usual, asked=macs <= COSTLY)
+    made = probes_for(network.specification, settings, network, usual=usual, asked=macs <= COSTLY)
+    return found, made if settings.inputs is not None else _carried(made, network)
+
+
+def _carried(made: Probes, network: Network) -> Probes:
+    """Let recurrent states be what the run before gave: at zero no recurrent weight is ever used.
+
+    The first feed starts at zero, and a state that no output of its shape carries on stays there.
+    """
+    states = [s.name for s in runtime.input_specs(network.specification) if s.kind == "state"]
+    if not states:
+        return made
+    session = network.session(network.outputs)
+    carried: dict[str, Array] = {}
+    feeds = []
+    for feed in made.feeds:
+        feeds.append(MappingProxyType({**feed, **carried}))
+        outputs = network.run(session, feeds[-1], network.outputs, {})
+        free = [x for x in outputs.values() if np.isfinite(x).all()]
+        carried = {}
+        for name in states:
+            like = (
+                k for k, x in enumerate(free) if (x.shape, x.dtype) == (feed[name].shape, feed[name].dtype)
+            )
+            place = next(like, None)
+            if place is not None:
+                carried[name] = free.pop(place)
+    return replace(made, feeds=tuple(feeds))
 
 
 def probes_for(

@@ -23,6 +23,8 @@ FACTOR_DTYPES = ("float16", "float32")
 CHANNEL_ORDERS = ("rgb", "bgr")
 CALIBRATION = ("mean", "std", "resize", "channel_order", "input_range")
 """Settings that say how the pictures of ``calibrate`` are prepared."""
+TARGETS = ("ratio", "size", "max_error")
+"""Settings of which one may be given."""
 PAIRS = ("solver", "partition", "atoms", "factor_dtype", "shared", "unweighted")
 """Settings of dictionary pairs: off its default, any of them makes the method ``auto`` mean ``dp``."""
 
@@ -122,7 +124,7 @@ class Settings:
         fields = {f.name: f for f in dataclasses.fields(self)}
         if self.method == "auto" and any(getattr(self, n) != fields[n].default for n in PAIRS):
             object.__setattr__(self, "method", "dp")
-        targets = [n for n in ("ratio", "size", "max_error") if getattr(self, n) is not None]
+        targets = [n for n in TARGETS if getattr(self, n) is not None]
         if len(targets) > 1:
             raise UsageError(
                 " and ".join(f"--{t.replace('_', '-')}" for t in targets[:2]) + " are two targets; give one."

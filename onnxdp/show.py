@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         BenchRow,
         Candidate,
         Diagnosis,
+        Frontier,
         Inspection,
         Line,
         Params,
@@ -192,6 +193,24 @@ def plan_lines(plan: Plan, target: str | None) -> list[str]:
     if plan.budget is not None:
         last += f"  at most {plan.budget} bytes"
     return [*_columns(rows, right=(2,)), last + (f" -> {_clean(target)}" if target else "")]
+
+
+def frontier_lines(frontier: Frontier, plot: str | None) -> list[str]:
+    """Lay out a frontier: a line per ratio, and how far it goes."""
+    head = ("asked", "bytes", "reached", "foreseen damage", "output error", "")
+    rows = [
+        (f"{p.asked:g}x", "-", "-", "-", "-", p.reason or "")
+        if p.nbytes is None or p.ratio is None or p.damage is None or p.error is None
+        else (f"{p.asked:g}x", str(p.nbytes), f"{p.ratio:.4g}x", _number(p.damage), _number(p.error), "")
+        for p in frontier.points
+    ]
+    got = [p for p in frontier.points if p.nbytes is not None]
+    last = f"SWEPT {len(got)} of {len(rows)} ratios  {_bytes(frontier.source.nbytes)}"
+    if smallest := min(got, key=lambda p: p.nbytes or 0, default=None):
+        last += f" -> {_bytes(smallest.nbytes or 0)} ({smallest.ratio:.2f}x)"
+    last += f"  {frontier.seconds['total']:.1f} s"
+    table = _columns([head, *rows], right=(0, 1, 2, 3, 4))
+    return [*table, *_notices(frontier.notices), last + (f" -> {_clean(plot)}" if plot else "")]
 
 
 def verification_lines(verification: Verification) -> list[str]:

@@ -32,6 +32,8 @@ class ReplaceWeights(ir.passes.InPlacePass):
         What the bias behind a weight gains; a weight without an entry keeps its bias.
     provenance : str
         Entry written into the model's metadata.
+    narrowed : bool
+        Whether small vectors of other operators may become float16, too.
     """
 
     KEY = "onnxdp"
@@ -44,6 +46,8 @@ class ReplaceWeights(ir.passes.InPlacePass):
         forms: Mapping[str, Form],
         shifts: Mapping[str, Array],
         provenance: str,
+        *,
+        narrowed: bool = True,
     ) -> None:
         super().__init__()
         self._found = found
@@ -51,6 +55,7 @@ class ReplaceWeights(ir.passes.InPlacePass):
         self._forms = forms
         self._shifts = shifts
         self._provenance = provenance
+        self._narrowed = narrowed
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return whether there was a weight to replace."""
@@ -66,7 +71,7 @@ class ReplaceWeights(ir.passes.InPlacePass):
         pooled = any(self._forms[e.method].sequential for e in self._encoded)
         for encoded in sorted(self._encoded, key=place):
             self._replace(weights[encoded.weight], encoded, paper, pooled=pooled)
-        if pooled:
+        if pooled and self._narrowed:
             narrow(model, self._found, paper)
         paper.finish()
         if self._encoded:

@@ -19,7 +19,7 @@ import onnxdp
 from onnxdp import errors, records, settings, show
 from onnxdp.cli import main
 
-COMMANDS = ["compress", "plan", "apply", "inspect", "verify", "bench", "doctor"]
+COMMANDS = ["compress", "plan", "sweep", "apply", "inspect", "verify", "bench", "doctor"]
 WEIGHT = "layer3.0.conv1.weight"
 
 
@@ -76,6 +76,18 @@ def the_verification(passed=True, relative=0.021):
     )
 
 
+def the_frontier(**changes):
+    points = (
+        records.FrontierPoint(2, 22_300_000, 22_290_000, "1" * 64, 2.0009, 1.2e-6, 0.0011, None, 2.5),
+        records.FrontierPoint(16, 2_787_500, 2_787_000, "2" * 64, 16.003, 0.0042, 0.052, None, 3.5),
+        records.FrontierPoint(99, 450_505, None, None, None, None, None, "Out of reach; ask for less.", 0.1),
+    )
+    source, seconds = records.File("in.onnx", "0" * 64, 44_600_000), {"solving": 9.0, "total": 17.25}
+    values = {"source": source, "points": points, "settings": {"seed": 0}, "seconds": seconds}
+    values |= {"versions": {"onnxdp": "0.1.0"}, "device": "cpu", "notices": ("IR version raised",)}
+    return records.Frontier(**{**values, **changes})
+
+
 def the_inspection():
     rows = (
         records.InspectedWeight(
@@ -107,6 +119,7 @@ def api(monkeypatch):
     answering("compress", types.SimpleNamespace(report=the_report()))
     answering("apply", types.SimpleNamespace(report=the_report()))
     answering("plan", the_plan())
+    answering("sweep", the_frontier())
     answering("inspect", the_inspection())
     answering("verify", the_verification())
     rows = (
@@ -237,6 +250,59 @@ def test_plan_writes_what_apply_reads(run, api):
     assert options["device"] == "cpu" and options["inputs"] is None
 
 
+def test_sweep_hands_everything_over_but_targets(run, api):
+    assert run("sweep", "in.onnx", "--ratios", "2,4.5", "--method", "dp", "--seed", "3").exit_code == 0
+    args, options = api.calls["sweep"]
+    options.pop("progress")
+    assert args == (Path("in.onnx"), (2.0, 4.5))
+    assert settings.Settings(**options) == settings.Settings(method="dp", seed=3)
+    assert set(vars_of(settings.Settings)) - set(options) == set(settings.TARGETS)
+
+
+def test_a_sweep_that_reaches_nothing_exits_1_with_its_table(run, api):
+    api.answering("sweep", the_frontier(points=the_frontier().points[2:]))
+    done = run("sweep", "in.onnx")
+    assert done.exit_code == 1 and "Out of reach; ask for less." in done.stdout
+    assert done.stdout.splitlines()[-1] == "SWEPT 0 of 1 ratios  44.6 MB  17.2 s"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("--ratios", "2,x"), 2, "--ratios is numbers above 1"),
+        (("--ratios", "1"), 2, "--ratios is numbers above 1"),
+        (("--ratio", "2"), 2, "No such option"),
+        (("--plot", "p.gif"), 2, "--plot draws .png, .svg, .pdf, not p.gif"),
+        (("--plot", "in.onnx"), 2, f"{Path('in.onnx')} is named twice"),
+        (("--plot", "old.png"), 2, "old.png exists"),
+    ],
+)
+def test_a_sweep_that_cannot_be_answered_is_refused_before_any_work(words, code, sentence, run, api):
+    Path("old.png").write_bytes(b"old")
+    done = run("sweep", "in.onnx", *words)
+    assert done.exit_code == code and "sweep" not in api.calls and sentence in done.stderr
+    assert files() == ["in.onnx", "old.png"] and Path("old.png").read_bytes() == b"old"
+
+
+def test_a_picture_without_matplotlib_names_the_extra(run, api, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("sweep", "in.onnx", "--plot", "p.png")
+    assert done.exit_code == 3 and "sweep" not in api.calls
+    assert "pip install 'onnxdp[plots]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_sweep_draws_its_picture_whole(ending, run, api):
+    pytest.importorskip("matplotlib")
+    name = f"p.{ending}"
+    Path(name).write_bytes(b"old")
+    assert run("sweep", "in.onnx", "--plot", name).exit_code == 2
+    done = run("sweep", "in.onnx", "--plot", name, "--overwrite")
+    assert done.exit_code == 0 and done.stdout.endswith(f"17.2 s -> {name}\n")
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
+    assert Path(name).read_bytes().startswith(begins) and files() == sorted(["in.onnx", name])
+
+
 def test_verify_bench_and_doctor_hand_over(run, api):
     run(
         "verify",
@@ -273,6 +339,7 @@ def test_verify_bench_and_doctor_hand_over(run, api):
 ANSWERS = {
     "compress": ("compress", "in.onnx", "out.onnx", "--ratio", "3"),
     "plan": ("plan", "in.onnx", "-o", "p.json", "--ratio", "3"),
+    "sweep": ("sweep", "in.onnx", "--ratios", "2,16,99"),
     "inspect": ("inspect", "in.onnx"),
     "verify": ("verify", "in.onnx", "in.onnx"),
     "bench": ("bench", "a.onnx", "b.onnx"),
@@ -386,7 +453,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize(("error", "code", "sentence"), ENDINGS, ids=lambda e: type(e).__name__)
 def test_39_every_error_is_one_line_with_its_exit_code(error, code, sentence, run, api):
-    for name in ("compress", "apply", "plan", "inspect", "verify", "bench", "doctor"):
+    for name in ("compress", "apply", "plan", "sweep", "inspect", "verify", "bench", "doctor"):
         api.answering(name, error)
     Path("p.json").write_text(the_plan().to_json())
     for words in [*ANSWERS.values(), ("apply", "in.onnx", "p.json", "out.onnx")]:

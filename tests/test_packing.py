@@ -302,6 +302,17 @@ def test_integers_of_decoding_are_as_short_as_they_can_be():
     assert nbytes(17, lambda b: b.ints([64, 3, 3, 3])) < 25
 
 
+def test_integers_that_openvino_misreads_lie_raw():
+    made, paper = sheet(17)
+    packing = Packing(84, "uint32", 5)  # its divisors are 1, 84^2, 84^4: as varints OpenVINO reads 1, 0, 84^2
+    words = packing.pack(digits_of(84, 50))
+    value = packing_file.draw(Builder(made.graph, "w", paper), packing, words, (50,))
+    tensors = finished(made, paper, [value], [1]).graph.initializer
+    long = [t for t in tensors if t.data_type == onnx.TensorProto.UINT32]
+    assert [84**0, 84**2, 84**4] in [numpy_helper.to_array(t).reshape(-1).tolist() for t in long]
+    assert all(t.raw_data and not t.uint64_data for t in long)
+
+
 def test_what_only_decodes_has_a_short_name_that_is_not_taken():
     made, _ = sheet(17)
     made.graph.outputs[0].name = "dp2"

@@ -1,11 +1,12 @@
 """Show that packed models give the same numbers wherever ONNX files are run.
 
-Models are packed by `onnxdp compress IN OUT --ratio R`. Packed and original run in ONNX Runtime (the newest and
-1.23), onnx.reference (small ones), OpenVINO (CPU, float32) and ONNX Runtime Web (wasm, one thread; Node and headless
-Chromium), each in an environment of its own under --venvs. What is printed is the largest difference to the newest
-ONNX Runtime, relative to the largest number of that output: for the packed file, and for the original, which is what
-the consumer's own arithmetic differs by. A second table says what onnxslim and onnxsim make of a packed file. Exit 1
-where a packed file fails or differs by more than 1e-3 and ten times as much as its original.
+Models are packed by `onnxdp compress IN OUT --ratio R`. Packed and original run in ONNX Runtime (the newest
+and 1.23), onnx.reference (small ones), OpenVINO (CPU, float32) and ONNX Runtime Web (wasm, one thread; Node
+and headless Chromium), each in an environment of its own under --venvs. What is printed is the largest
+difference to the newest ONNX Runtime, relative to the largest number of that output: for the packed file, and
+for the original, which is what the consumer's own arithmetic differs by. A second table says what onnxslim
+and onnxsim make of a packed file. Exit 1 where a packed file fails that runs as the original, or differs by
+more than 1e-3 and ten times as much.
 
     python tools/compat.py --readme README.md
     python tools/compat.py --packed /tmp/packed --models resnet20
@@ -39,7 +40,7 @@ CASES = (
     ("zoo/dtln_1", 4),
     ("zoo/slovorez_fp16", 4),
 )
-"""File and ratio; the last three have LSTM weights in branches, LSTM and Gather tables, and float16 throughout."""
+"""File and ratio; the last three hold LSTM weights in branches, LSTM weights, and float16 throughout."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def cases(names: Sequence[str], packed: Path, room: Path) -> list[Case]:
 
 
 def difference(answer: Answer, wanted: Answer) -> float:
-    """Largest difference of any output, relative to its largest number; infinite where shapes or types differ."""
+    """Return the largest difference relative to an output's largest number; infinite where shapes differ."""
     worst = 0.0
     for outputs, others in zip(answer.outputs, wanted.outputs, strict=True):
         for x, y in zip(outputs, others, strict=True):
@@ -124,6 +125,7 @@ def compare(chosen: Sequence[Case], venvs: Path, room: Path) -> list[dict[str, A
             )
             row = {"consumer": consumer.name, "version": version, "model": chosen[i].name}
             rows.append({**row, "packed": packed, "original": original, "bytes": _bytes(chosen[i])})
+            say(f"  {version}, {chosen[i].name}: {shown(packed)}; original {shown(original)}")
     return rows
 
 
@@ -152,7 +154,7 @@ def simplify(chosen: Sequence[Case], venvs: Path, room: Path) -> list[dict[str, 
 
 def shown(result: dict[str, Any]) -> str:
     """Format a difference, or say that there is none to be had."""
-    return f"{result['difference']:.1e}" if "difference" in result else f"failed: {result['error'][:80]}"
+    return f"{result['difference']:.1e}" if "difference" in result else f"failed: {result['error'][-80:]}"
 
 
 def consumer_table(rows: Sequence[dict[str, Any]]) -> str:

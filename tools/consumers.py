@@ -1,8 +1,9 @@
 """Who runs a model in compat.py: programs, each in an environment of its own, that answer in one JSON format.
 
 A task is a file with ``[{"model": path, "feeds": [path, ...]}, ...]``; the answer is one line,
-``{"version": text, "results": [{"outputs": [[tensor, ...], ...]} or {"error": text}, ...]}``, with one list of
-tensors a feed, in the order of the graph's outputs. A tensor is ``{"type", "dims", "data"}``, base64 of its bytes.
+``{"version": text, "results": [{"outputs": [[tensor, ...], ...]} or {"error": text}, ...]}``, with one list
+of tensors a feed, in the order of the graph's outputs. A tensor is ``{"type", "dims", "data"}``, the data
+base64 of its bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def tensor(array):
 def feed(path):
     with open(path) as file:
         told = json.load(file)
-    return {n: np.frombuffer(base64.b64decode(t["data"]), t["type"]).reshape(t["dims"]) for n, t in told.items()}
+    array = lambda t: np.frombuffer(base64.b64decode(t["data"]), t["type"]).reshape(t["dims"])
+    return {name: array(t) for name, t in told.items()}
 def work(version, opened):
     results = []
     with open(sys.argv[1]) as file:
@@ -41,7 +43,7 @@ def work(version, opened):
             run = opened(task["model"])
             results.append({"outputs": [[tensor(x) for x in run(feed(f))] for f in task["feeds"]]})
         except Exception as error:
-            results.append({"error": f"{type(error).__name__}: {error}"[:300]})
+            results.append({"error": " ".join(str(error).split())[-300:]})
     print(json.dumps({"version": version, "results": results}))
 """
 
@@ -68,7 +70,8 @@ import openvino
 import openvino.properties.hint as hint
 core = openvino.Core()
 def opened(path):
-    compiled = core.compile_model(path, "CPU", {hint.inference_precision: openvino.Type.f32})
+    asked = {hint.inference_precision: openvino.Type.f32, hint.dynamic_quantization_group_size: 0}
+    compiled = core.compile_model(path, "CPU", asked)
     def run(feed):
         answer = compiled({p.any_name: feed[next(n for n in p.names if n in feed)] for p in compiled.inputs})
         return [answer[p] for p in compiled.outputs]
@@ -89,7 +92,7 @@ onnx.save(model, sys.argv[2])
 """Tools that fold constants: programs that are called with IN and OUT."""
 
 PACKAGES = ("onnxruntime-web@latest", "@sparticuz/chromium@147.0.0", "puppeteer-core@24.43.1")
-"""What npm installs: the first is measured; the second holds a Chromium as a package of npm's own registry."""
+"""What npm installs: what is measured, a Chromium that is a package of npm's own registry, its driver."""
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def python_of(environment: str, folder: Path) -> Path:
 
 
 def python_with(requirements: Sequence[str], room: Path) -> Path:
-    """Return the interpreter of a virtual environment; made once, and again where the requirements changed."""
+    """Return the interpreter of an environment; made once, and again where the requirements changed."""
     stamp, wanted = room / "requirements", "\n".join(requirements)
     if not stamp.exists() or stamp.read_text() != wanted:
         say(f"installing {', '.join(requirements)} into {room}")

@@ -73,7 +73,8 @@ function serve(folder, tasks) {
 }
 
 async function inChromium(library, tasks) {
-  const chromium = library("@sparticuz/chromium").default;
+  const told = library("@sparticuz/chromium");
+  const chromium = told.default || told;
   const puppeteer = library("puppeteer-core");
   const server = await serve(path.dirname(library.resolve("onnxruntime-web")), tasks);
   const browser = await puppeteer.launch({

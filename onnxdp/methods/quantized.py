@@ -10,7 +10,7 @@ prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +38,10 @@ ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
 _MANY = 64
 """Columns from which the halves are rounded side by side."""
-_MOST_INPUTS = 6144
+MOST_INPUTS = 6144
 """Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
 
-_OPSET = 17
+OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
 
 _PER_ROW = {"Gather": (0,), "ConvTranspose": (1,), "LSTM": (0, 1), "GRU": (0, 1), "RNN": (0, 1)}
@@ -62,7 +62,7 @@ class Quantized:
     def cost(self, weight: Weight, params: Params) -> int:
         """Bytes of the words and of the steps; the table of a number of levels is all weights' together."""
         levels = int(params["levels"])
-        return Packing.best(levels, weight.size, _OPSET).nbytes(weight.size) + 2 * _columns(weight)
+        return Packing.best(levels, weight.size, OPSET).nbytes(weight.size) + 2 * _columns(weight)
 
     def check(self, weight: Weight, params: Params) -> None:
         """Refuse what is no number of levels."""
@@ -77,7 +77,7 @@ class Quantized:
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
         """Return arrays of the right shapes and types."""
-        packed = Packing.best(int(params["levels"]), weight.size, _OPSET)
+        packed = Packing.best(int(params["levels"]), weight.size, OPSET)
         words = packed.pack(np.zeros(weight.size, np.uint8))
         scale = np.ones(_columns(weight), np.float16)
         return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)
@@ -89,14 +89,14 @@ class Quantized:
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
         tries, sweeps = (1, 0) if task.quick else (3, 3)
-        return _Problem.of(task, device).encoded(
+        return Problem.of(task, device).encoded(
             task, int(params["levels"]), tries=tries, sweeps=sweeps, device=device
         )
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""
         levels = int(encoded.params["levels"])
-        packed = Packing.best(levels, weight.size, _OPSET)
+        packed = Packing.best(levels, weight.size, OPSET)
         digits = packed.unpack(encoded.arrays["words"], weight.size).reshape(_stored(weight))
         value = digits.astype(np.float32)
         value -= (levels - 1) / 2
@@ -108,7 +108,7 @@ class Quantized:
     ) -> ir.Value | None:
         """Draw the table's digits times the steps, in float32, gone when the session is made."""
         levels = int(encoded.params["levels"])
-        packed, here = (Packing.best(levels, weight.size, o) for o in (_OPSET, build.opset))
+        packed, here = (Packing.best(levels, weight.size, o) for o in (OPSET, build.opset))
         words = encoded.arrays["words"]
         if here != packed:
             words = here.pack(packed.unpack(words, weight.size))
@@ -118,20 +118,23 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class Problem:
     """What rounding one weight minimises, factored once for all numbers of levels."""
 
     curvature: Curvature
     parts: int
 
     @classmethod
-    def of(cls, task: Task, device: str) -> _Problem:
-        """Form the second moment of what the weight sees; without samples, the plain norm."""
+    def of(cls, task: Task, device: str, *, run: int = 1) -> Problem:
+        """Form the second moment of what the weight sees; without samples, the plain norm.
+
+        ``run`` consecutive rows are kept together in the order of rounding.
+        """
         if task.samples is None or not _is_matrix(task.weight):
             inputs = task.weight.size // _columns(task.weight)
             return cls(Curvature.flat(inputs, arrays.to_device(np.zeros(1, np.float32), device)), 1)
         groups, rows, inputs = task.samples.shape
-        parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= _MOST_INPUTS)
+        parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= MOST_INPUTS)
         x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
         x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
         xp = arrays.namespace(x)
@@ -139,45 +142,44 @@ class _Problem:
         mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
-        return cls(Curvature.of(moment, share * mean), parts)
+        return cls(Curvature.of(moment, share * mean, run=run), parts)
 
     def encoded(self, task: Task, levels: int, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
-        weight = task.weight
-        host = _matrix(weight, task.tensor).astype(np.float32, copy=False)
+        weight, parts = task.weight, self.parts
+
+        def one(w: arrays.Array) -> Rounded:
+            return round_weights(w, self.curvature, levels, parts=parts, tries=tries, sweeps=sweeps)
+
+        digits, scale, error = self.rounded(task, one, device)
+        words = Packing.best(levels, weight.size, OPSET).pack(_tensor(weight, digits).reshape(-1))
+        arrays_ = {"words": words, "scale": kept(scale, packing.unit(levels))}
+        return Encoded(weight.name, Quantized.name, {"levels": levels}, arrays_, error)
+
+    def rounded(
+        self, task: Task, one: Callable[[arrays.Array], Rounded], device: str
+    ) -> tuple[Array, Array, float]:
+        """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
+        host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
         stack, inputs, outputs = host.shape
-        unit = _near_one(host)
+        unit = near_one(host)
 
         def some(columns: slice) -> Rounded:
             w = np.ascontiguousarray(host[:, :, columns]).reshape(
                 stack * self.parts, inputs // self.parts, -1
             )
             on_device = self._moved(arrays.to_device(w, device), task, columns, device)
-            return round_weights(
-                on_device if unit == 1 else on_device / unit,
-                self.curvature,
-                levels,
-                parts=self.parts,
-                tries=tries,
-                sweeps=sweeps,
-            )
+            return one(on_device if unit == 1 else on_device / unit)
 
-        made = list(arrays.side_by_side(some, _columns_apart(outputs)))
+        made = list(arrays.side_by_side(some, columns_apart(outputs)))
         digits, scales, errors, energies = (
             np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
             for part in ("digits", "scale", "error", "energy")
         )
-        digits = digits.reshape(stack, inputs, outputs)
+        digits = digits.reshape(stack, -1, outputs)
         scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
-        words = Packing.best(levels, weight.size, _OPSET).pack(_tensor(weight, digits).reshape(-1))
-        return Encoded(
-            weight.name,
-            Quantized.name,
-            {"levels": levels},
-            {"words": words, "scale": _kept(scale, packing.unit(levels))},
-            (max(lost, 0.0) / (whole or 1.0)) ** 0.5,
-        )
+        return digits, scale, (max(lost, 0.0) / (whole or 1.0)) ** 0.5
 
     def _moved(self, w: arrays.Array, task: Task, columns: slice, device: str) -> arrays.Array:
         """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
@@ -189,20 +191,20 @@ class _Problem:
         return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
 
 
-def _near_one(host: Array) -> float:
+def near_one(host: Array) -> float:
     """Return 1, or a power of two to divide numbers by whose squares float32 does not hold (masks)."""
     peak = max(float(host.max(initial=0.0)), -float(host.min(initial=0.0)))
     return 1.0 if not peak or 2.0**-30 < peak < 2.0**30 else 2.0 ** math.floor(math.log2(peak))
 
 
-def _columns_apart(outputs: int) -> list[slice]:
+def columns_apart(outputs: int) -> list[slice]:
     """Cut the columns in two where they are many: always, so that threads change no bit."""
     if outputs < _MANY:
         return [slice(None)]
     return [slice(0, outputs // 2), slice(outputs // 2, None)]
 
 
-def _kept(scale: Array, unit: float) -> Array:
+def kept(scale: Array, unit: float) -> Array:
     """Round so that float16 holds the steps and the units that are drawn; float32 where it cannot."""
     half = half_of(scale * np.float32(unit), additive=True)
     with np.errstate(over="ignore"):
@@ -216,7 +218,7 @@ class _Roundings:
     def __init__(self, task: Task, device: str) -> None:
         self._weight = task.weight
         self._device = device
-        problem = _Problem.of(task, device)
+        problem = Problem.of(task, device)
         self._tried = _scan(task.bits)
         tried = {n for bits in (task.bits, *task.also) for n in _scan(bits)}
         self._made = {n: self._quick(task, n, problem) for n in sorted(tried)}
@@ -242,10 +244,10 @@ class _Roundings:
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         levels = int(params[0]["levels"])
         if levels not in self._made:
-            self._made[levels] = self._quick(tasks[0], levels, _Problem.of(tasks[0], self._device))
+            self._made[levels] = self._quick(tasks[0], levels, Problem.of(tasks[0], self._device))
         return (self._made[levels],)
 
-    def _quick(self, task: Task, levels: int, problem: _Problem) -> Encoded:
+    def _quick(self, task: Task, levels: int, problem: Problem) -> Encoded:
         return problem.encoded(task, levels, tries=1, sweeps=0, device=self._device)
 
     def _candidate(self, levels: int, error: float) -> Candidate:

@@ -52,10 +52,11 @@ class Curvature:
     damping: Array
 
     @classmethod
-    def of(cls, moment: Array, damping: Array) -> Curvature:
+    def of(cls, moment: Array, damping: Array, *, run: int = 1) -> Curvature:
         """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
 
-        Where that is not positive definite in its precision, damping grows until it is.
+        Where that is not positive definite in its precision, damping grows until it is. ``run`` consecutive
+        rows stay together in the processing order.
 
         Raises
         ------
@@ -68,8 +69,8 @@ class Curvature:
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
             )
-        order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
-        h = _take(_take(moment, order), order, axis=1)
+        order = _falling(xp.linalg.diagonal(moment), run)
+        h = take(take(moment, order), order, axis=1)
         del moment  # large: of every matrix here there is one
         _raise_diagonal(h, damping)
         while (lower := arrays.try_cholesky(xp.flip(h, axis=(-2, -1)))) is None:
@@ -100,7 +101,7 @@ class Curvature:
     def solve(self, b: Array) -> Array:
         """Return ``H^-1 b``, b (stack, inputs, columns) in the weight's own order of rows."""
         xp = arrays.namespace(b)
-        y = _take(b, self.order) + 0.0
+        y = take(b, self.order) + 0.0
         starts = range(0, y.shape[1], _SOLVED)
         for i in reversed(starts):  # (I + V) y = b
             j = min(i + _SOLVED, y.shape[1])
@@ -113,7 +114,7 @@ class Curvature:
             if i:
                 y[:, i:j] -= xp.matrix_transpose(self.feedback[:, :i, i:j]) @ y[:, :i]
             y[:, i:j] = xp.linalg.solve(xp.matrix_transpose(self._unit(i, j)), y[:, i:j])
-        return _take(y, xp.argsort(self.order, axis=-1))
+        return take(y, xp.argsort(self.order, axis=-1))
 
     def _unit(self, i: int, j: int) -> Array:
         """Return the rows and columns i to j of I + V."""
@@ -173,7 +174,7 @@ def round_weights(
     """
     xp = arrays.namespace(w)
     half = (levels - 1) / 2
-    w = _take(w, curvature.order)
+    w = take(w, curvature.order)
     hw = _times(curvature, w)
     first = _first_scale(w, curvature.pivots, levels, parts)
     wide = _SPREAD / levels**0.5
@@ -194,8 +195,17 @@ def round_weights(
     lost = w - q * scale[:, None, :]
     error = _quadratic(curvature, lost) - curvature.damping[:, None] * xp.sum(lost * lost, axis=1)
     energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
-    digits = _take(q + half, xp.argsort(curvature.order, axis=-1))
+    digits = take(q + half, xp.argsort(curvature.order, axis=-1))
     return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
+
+
+def _falling(diagonal: Array, run: int) -> Array:
+    """Return the order of falling diagonals (stack, m), runs of rows by their mean."""
+    xp = arrays.namespace(diagonal)
+    stack, m = diagonal.shape
+    runs = xp.argsort(-xp.mean(xp.reshape(diagonal, (stack, m // run, run)), axis=-1), axis=-1, stable=True)
+    within = xp.argsort(xp.zeros_like(diagonal[:1, :run]), axis=-1, stable=True)
+    return xp.reshape(runs[:, :, None] * run + within[:, None, :], (stack, m))
 
 
 def _raise_diagonal(stack: Array, by: Array) -> None:
@@ -296,7 +306,7 @@ def _joined(x: Array, parts: int, how: Any = None) -> Array:
     return xp.repeat(whole, parts, axis=0)
 
 
-def _take(x: Array, order: Array, axis: int = 0) -> Array:
+def take(x: Array, order: Array, axis: int = 0) -> Array:
     """Permute the rows (or columns) of each matrix of a stack."""
     xp = arrays.namespace(x)
     last = order.shape[0] - 1
