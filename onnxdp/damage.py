@@ -40,6 +40,8 @@ TRUST = 0.5
 """Power of what a weight counts within the whole over what it does alone: later layers have adapted."""
 TILT = 2.0
 """What the last weight's damage counts over what it does alone, and the first's the other way round."""
+DEEP = 12
+"""Weights from which that holds in full: where few layers follow, little is made up for."""
 SMALL = 0.05
 """Share of the numbers whose holders, the smallest weights, stay float16 unless the target needs them ..."""
 SLACK = 0.02
@@ -92,7 +94,8 @@ class Search:
         if self.meter is None or not self.workshop.sequential:
             return 1.0
         order = sorted(self.workshop.weights, key=self.meter.network.position)
-        return float(TILT ** (2 * order.index(name) / max(len(order) - 1, 1) - 1))
+        place = 2 * order.index(name) / max(len(order) - 1, 1) - 1
+        return float(TILT ** (place * min(1.0, len(order) / DEEP)))
 
     def within(self, budget: int) -> Choice:
         """Return the choice of least damage within ``budget`` bytes of weights and what decodes them.

@@ -404,7 +404,7 @@ class Job:
                 break
             else:
                 best, low = choice, room
-                if -over <= max(budget * NEAR, 256) or not self.workshop.sequential:
+                if -over <= max(budget * NEAR, 64) or not self.workshop.sequential:
                     break
             room -= max(over, 64) if over > 0 else over
             if not low < room < high:

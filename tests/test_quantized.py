@@ -23,7 +23,7 @@ import onnxdp as package
 from onnxdp import model as model_file
 from onnxdp import weights
 from onnxdp.methods.form import Task
-from onnxdp.methods.quantized import LEVELS, _Problem
+from onnxdp.methods.quantized import LEVELS, Problem
 from onnxdp.passes import ReplaceWeights
 from onnxdp.settings import Settings
 
@@ -200,11 +200,11 @@ def test_samples_turn_the_error_to_where_it_does_least_harm():
 
 
 def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkeypatch):
-    monkeypatch.setattr("onnxdp.methods.quantized._MOST_INPUTS", 16)
+    monkeypatch.setattr("onnxdp.methods.quantized.MOST_INPUTS", 16)
     rng = np.random.default_rng(4)
     weight = weight_of((5, 48), op="Gemm")
     task = Task(weight, draw(rng, 5, 48), draw(rng, 1, 90, 48) / np.float32(90**0.5), False)
-    assert _Problem.of(task, "cpu").parts == 3
+    assert Problem.of(task, "cpu").parts == 3
     made = QUANT.encode(task, {"levels": 5}, Settings(), device="cpu")
     assert made.arrays["scale"].shape == (5,) and made.nbytes == QUANT.cost(weight, {"levels": 5})
     assert all(len(np.unique(row)) <= 5 for row in QUANT.decode(weight, made))
