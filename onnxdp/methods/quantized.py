@@ -125,11 +125,8 @@ class Problem:
     parts: int
 
     @classmethod
-    def of(cls, task: Task, device: str, *, run: int = 1) -> Problem:
-        """Form the second moment of what the weight sees; without samples, the plain norm.
-
-        ``run`` consecutive rows are kept together in the order of rounding.
-        """
+    def of(cls, task: Task, device: str) -> Problem:
+        """Form the second moment of what the weight sees; without samples, the plain norm."""
         if task.samples is None or not _is_matrix(task.weight):
             inputs = task.weight.size // _columns(task.weight)
             return cls(Curvature.flat(inputs, arrays.to_device(np.zeros(1, np.float32), device)), 1)
@@ -142,7 +139,7 @@ class Problem:
         mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
-        return cls(Curvature.of(moment, share * mean, run=run), parts)
+        return cls(Curvature.of(moment, share * mean), parts)
 
     def encoded(self, task: Task, levels: int, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""

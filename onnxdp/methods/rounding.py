@@ -52,11 +52,10 @@ class Curvature:
     damping: Array
 
     @classmethod
-    def of(cls, moment: Array, damping: Array, *, run: int = 1) -> Curvature:
+    def of(cls, moment: Array, damping: Array) -> Curvature:
         """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
 
-        Where that is not positive definite in its precision, damping grows until it is. ``run`` consecutive
-        rows stay together in the processing order.
+        Where that is not positive definite in its precision, damping grows until it is.
 
         Raises
         ------
@@ -69,7 +68,7 @@ class Curvature:
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
             )
-        order = _falling(xp.linalg.diagonal(moment), run)
+        order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
         h = take(take(moment, order), order, axis=1)
         del moment  # large: of every matrix here there is one
         _raise_diagonal(h, damping)
@@ -197,15 +196,6 @@ def round_weights(
     energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
     digits = take(q + half, xp.argsort(curvature.order, axis=-1))
     return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
-
-
-def _falling(diagonal: Array, run: int) -> Array:
-    """Return the order of falling diagonals (stack, m), runs of rows by their mean."""
-    xp = arrays.namespace(diagonal)
-    stack, m = diagonal.shape
-    runs = xp.argsort(-xp.mean(xp.reshape(diagonal, (stack, m // run, run)), axis=-1), axis=-1, stable=True)
-    within = xp.argsort(xp.zeros_like(diagonal[:1, :run]), axis=-1, stable=True)
-    return xp.reshape(runs[:, :, None] * run + within[:, None, :], (stack, m))
 
 
 def _raise_diagonal(stack: Array, by: Array) -> None:
