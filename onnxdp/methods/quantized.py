@@ -2,6 +2,9 @@
 
     W' = s (k - (L - 1) / 2),    k = 0 .. L - 1 packed as base-L digits,    s in float16, one per output
 
+or, at most numbers of bits with less lost, a digit stands for several consecutive numbers of a row: an entry of
+a table that all weights and networks have in common (:mod:`onnxdp.methods.tables`).
+
 References
 ----------
 prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md section 2: packing.
@@ -24,6 +27,8 @@ from onnxdp.methods.form import Solved, Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.rounding import Curvature, Rounded, round_weights
 from onnxdp.methods.streams import Part
+from onnxdp.methods.tables import TABLES, Alphabet, coarseness, table
+from onnxdp.methods.vectors import round_vectors
 from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Reader
@@ -36,10 +41,15 @@ DAMPING = (0.1, 0.3)
 
 ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
+_LEAST = 8
+"""Inputs of a weight from which tables are tried."""
 _MANY = 64
 """Columns from which the halves are rounded side by side."""
 MOST_INPUTS = 6144
 """Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
+
+_APART = 0.8
+"""Bits by which a table's may differ from those that the target leaves each number."""
 
 OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
@@ -61,13 +71,22 @@ class Quantized:
 
     def cost(self, weight: Weight, params: Params) -> int:
         """Bytes of the words and of the steps; the table of a number of levels is all weights' together."""
-        levels = int(params["levels"])
-        return Packing.best(levels, weight.size, OPSET).nbytes(weight.size) + 2 * _columns(weight)
+        levels, dim = Alphabet.of(params)
+        size = weight.size // dim
+        return Packing.best(levels, size, OPSET).nbytes(size) + 2 * _columns(weight)
 
     def check(self, weight: Weight, params: Params) -> None:
-        """Refuse what is no number of levels."""
-        if set(params) != {"levels"} or params["levels"] not in LEVELS:
-            raise PlanError(f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}.")
+        """Refuse what is no number of levels, and no table whose entries fill the weight's rows."""
+        if set(params) == {"levels"} and params["levels"] in LEVELS:
+            return
+        known = _tables(weight)
+        if set(params) != {"levels", "dim"} or (params["levels"], params["dim"]) not in known:
+            pairs = (
+                f"; or levels and dim, one of {', '.join(f'{k} and {d}' for k, d in known)}" if known else ""
+            )
+            raise PlanError(
+                f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}{pairs}."
+            )
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
@@ -77,29 +96,32 @@ class Quantized:
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
         """Return arrays of the right shapes and types."""
-        packed = Packing.best(int(params["levels"]), weight.size, OPSET)
-        words = packed.pack(np.zeros(weight.size, np.uint8))
+        levels, dim = Alphabet.of(params)
+        words = Packing.best(levels, weight.size // dim, OPSET).pack(np.zeros(weight.size // dim, np.uint8))
         scale = np.ones(_columns(weight), np.float16)
         return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
         """Round to a few numbers of levels; what the others lose lies between."""
-        return _Roundings(tasks[0], device)
+        return _Roundings(tasks[0], device, tables=settings.codebooks is not False)
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
         tries, sweeps = (1, 0) if task.quick else (3, 3)
         return Problem.of(task, device).encoded(
-            task, int(params["levels"]), tries=tries, sweeps=sweeps, device=device
+            task, Alphabet.of(params), tries=tries, sweeps=sweeps, device=device
         )
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""
-        levels = int(encoded.params["levels"])
-        packed = Packing.best(levels, weight.size, OPSET)
-        digits = packed.unpack(encoded.arrays["words"], weight.size).reshape(_stored(weight))
-        value = digits.astype(np.float32)
-        value -= (levels - 1) / 2
+        levels, dim = alphabet = Alphabet.of(encoded.params)
+        size = weight.size // dim
+        digits = Packing.best(levels, size, OPSET).unpack(encoded.arrays["words"], size)
+        if dim > 1:
+            value = table(alphabet).astype(np.float32)[digits].reshape(_stored(weight))
+        else:
+            value = digits.reshape(_stored(weight)).astype(np.float32)
+            value -= (levels - 1) / 2
         value *= _beside(weight, encoded.arrays["scale"].astype(np.float32))
         return value.reshape(weight.shape)
 
@@ -107,14 +129,15 @@ class Quantized:
         self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
     ) -> ir.Value | None:
         """Draw the table's digits times the steps, in float32, gone when the session is made."""
-        levels = int(encoded.params["levels"])
-        packed, here = (Packing.best(levels, weight.size, o) for o in (OPSET, build.opset))
+        levels, dim = alphabet = Alphabet.of(encoded.params)
+        size = weight.size // dim
+        packed, here = (Packing.best(levels, size, o) for o in (OPSET, build.opset))
         words = encoded.arrays["words"]
         if here != packed:
-            words = here.pack(packed.unpack(words, weight.size))
-        steps = encoded.arrays["scale"].astype(np.float32) * np.float32(packing.unit(levels))
+            words = here.pack(packed.unpack(words, size))
+        steps = _beside(weight, encoded.arrays["scale"].astype(np.float32) * np.float32(_unit(alphabet)))
         half = encoded.arrays["scale"].dtype == np.float16
-        return streams.draw(build, Part(weight, here, words, _stored(weight), _beside(weight, steps), half))
+        return streams.draw(build, Part(weight, here, dim, words, _stored(weight), steps, half))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +162,28 @@ class Problem:
         mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
-        return cls(Curvature.of(moment, share * mean), parts)
+        run = math.lcm(*{a.dim for a in _tables(task.weight)}) if parts == 1 else 1
+        return cls(Curvature.of(moment, share * mean, run=run), parts)
 
-    def encoded(self, task: Task, levels: int, *, tries: int, sweeps: int, device: str) -> Encoded:
+    def encoded(self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
         weight, parts = task.weight, self.parts
+        entries = arrays.to_device(table(alphabet).astype(np.float32), device) if alphabet.dim > 1 else None
+        curvature = self.curvature
+        if entries is not None and curvature.plain:  # vectors are chosen in a metric that is written out
+            plain = arrays.eye(weight.inputs, entries)[None, ...]
+            curvature = Curvature.of(plain, plain[:, 0, 0] * 0)
 
         def one(w: arrays.Array) -> Rounded:
-            return round_weights(w, self.curvature, levels, parts=parts, tries=tries, sweeps=sweeps)
+            if entries is not None:
+                return round_vectors(w, curvature, entries, tries=tries, sweeps=sweeps)
+            return round_weights(w, self.curvature, alphabet.levels, parts=parts, tries=tries, sweeps=sweeps)
 
         digits, scale, error = self.rounded(task, one, device)
-        words = Packing.best(levels, weight.size, OPSET).pack(_tensor(weight, digits).reshape(-1))
-        arrays_ = {"words": words, "scale": kept(scale, packing.unit(levels))}
-        return Encoded(weight.name, Quantized.name, {"levels": levels}, arrays_, error)
+        flat = (digits[0].T if entries is not None else _tensor(weight, digits)).reshape(-1)
+        words = Packing.best(alphabet.levels, flat.size, OPSET).pack(flat)
+        arrays_ = {"words": words, "scale": kept(scale, _unit(alphabet))}
+        return Encoded(weight.name, Quantized.name, alphabet.params, arrays_, error)
 
     def rounded(
         self, task: Task, one: Callable[[arrays.Array], Rounded], device: str
@@ -210,55 +242,79 @@ def kept(scale: Array, unit: float) -> Array:
 
 
 class _Roundings:
-    """One weight, rounded to some numbers of levels."""
+    """One weight, rounded to some alphabets."""
 
-    def __init__(self, task: Task, device: str) -> None:
+    def __init__(self, task: Task, device: str, *, tables: bool) -> None:
         self._weight = task.weight
         self._device = device
+        self._tables = tables
         problem = Problem.of(task, device)
-        self._tried = _scan(task.bits)
-        tried = {n for bits in (task.bits, *task.also) for n in _scan(bits)}
-        self._made = {n: self._quick(task, n, problem) for n in sorted(tried)}
+        self._steps, self._vectors = self._scan(task.bits)
+        tried = {a for bits in (task.bits, *task.also) for some in self._scan(bits) for a in some}
+        self._made = {a: self._quick(task, a, problem) for a in sorted(tried)}
 
     def aim(self, bits: float) -> None:
-        """Let the numbers of levels that another target tries speak for the others."""
-        self._tried = _scan(bits)
+        """Let the alphabets that another target tries speak for the others."""
+        self._steps, self._vectors = self._scan(bits)
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
-        """Return one per number of levels; errors between those tried lie on a line in logarithms."""
-        known = self._tried
-        steps = np.log([n - 1 for n in known])
-        errors = np.log([max(self._made[n].error, 1e-12) for n in known])
-        return [(self._candidate(n, float(np.exp(_along(np.log(n - 1), steps, errors)))),) for n in LEVELS]
+        """Return one per alphabet.
+
+        Errors of numbers of levels between those tried lie on a line in logarithms, those of tables are to one
+        another as on the numbers that the tables were made for.
+        """
+        steps = np.log([a.levels - 1 for a in self._steps])
+        errors = np.log([max(self._made[a].error, 1e-12) for a in self._steps])
+        found = [
+            self._candidate(Alphabet(n), float(np.exp(_along(np.log(n - 1), steps, errors)))) for n in LEVELS
+        ]
+        for tried in self._vectors:
+            like = (a for a in _tables(self._weight) if a.dim == tried.dim)
+            rate = self._made[tried].error / coarseness(tried) ** 0.5
+            found += [self._candidate(a, rate * coarseness(a) ** 0.5) for a in like]
+        return [(c,) for c in found]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
-        """Return those that were tried."""
-        return [(self._candidate(n, self._made[n].error),) for n in self._tried]
+        """Return those that were tried with even steps: errors of the others do the same damage."""
+        return [(self._candidate(a, self._made[a].error),) for a in self._steps]
 
     def ready(self, params: Sequence[Params]) -> bool:
-        return int(params[0]["levels"]) in self._made
+        return Alphabet.of(params[0]) in self._made
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
-        levels = int(params[0]["levels"])
-        if levels not in self._made:
-            self._made[levels] = self._quick(tasks[0], levels, Problem.of(tasks[0], self._device))
-        return (self._made[levels],)
+        alphabet = Alphabet.of(params[0])
+        if alphabet not in self._made:
+            self._made[alphabet] = self._quick(tasks[0], alphabet, Problem.of(tasks[0], self._device))
+        return (self._made[alphabet],)
 
-    def _quick(self, task: Task, levels: int, problem: Problem) -> Encoded:
-        return problem.encoded(task, levels, tries=1, sweeps=0, device=self._device)
+    def _scan(self, bits: float) -> tuple[tuple[Alphabet, ...], tuple[Alphabet, ...]]:
+        """Return what to try for the bits that a target leaves each number: even steps, and tables."""
+        levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
+        near = [a for a in _tables(self._weight) if abs(a.bits - bits) <= _APART] if self._tables else []
+        dims = sorted({a.dim for a in near})
+        vectors = (min((a for a in near if a.dim == d), key=lambda a: abs(a.bits - bits)) for d in dims)
+        return tuple(map(Alphabet, levels)), tuple(vectors)
 
-    def _candidate(self, levels: int, error: float) -> Candidate:
-        params = {"levels": levels}
+    def _quick(self, task: Task, alphabet: Alphabet, problem: Problem) -> Encoded:
+        return problem.encoded(task, alphabet, tries=1, sweeps=0, device=self._device)
+
+    def _candidate(self, alphabet: Alphabet, error: float) -> Candidate:
+        params = alphabet.params
         return Candidate(
             self._weight.name, Quantized.name, params, Quantized().cost(self._weight, params), error
         )
 
 
-def _scan(bits: float) -> tuple[int, ...]:
-    """Return the numbers of levels to try: about what the target leaves each number, and around it."""
-    if bits >= 5:
-        return (6, 16)
-    return (3, 7) if bits >= 3.2 else (2, 5)
+def _tables(weight: Weight) -> list[Alphabet]:
+    """Return the tables for a weight that is one matrix, its numbers stored row by row of the outputs."""
+    fits = weight.op in ("Conv", "Gemm", "MatMul") and weight.transposed and weight.groups == 1
+    whole = fits and _LEAST <= weight.inputs <= MOST_INPUTS
+    return [a for a in TABLES if whole and weight.inputs % a.dim == 0]
+
+
+def _unit(alphabet: Alphabet) -> float:
+    """Return the step in terms of the integers that a digit decodes to."""
+    return packing.unit(alphabet.levels) if alphabet.dim == 1 else 1.0
 
 
 def _along(x: float, xs: Array, ys: Array) -> float:

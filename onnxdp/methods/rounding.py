@@ -52,10 +52,10 @@ class Curvature:
     damping: Array
 
     @classmethod
-    def of(cls, moment: Array, damping: Array) -> Curvature:
+    def of(cls, moment: Array, damping: Array, *, run: int = 1) -> Curvature:
         """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
 
-        Where that is not positive definite in its precision, damping grows until it is.
+        So many consecutive rows as a ``run`` says, a divisor of the inputs, stay together. Where that is not positive definite in its precision, damping grows until it is.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class Curvature:
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
             )
-        order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
+        order = _falling(xp.linalg.diagonal(moment), run)
         h = take(take(moment, order), order, axis=1)
         del moment  # large: of every matrix here there is one
         _raise_diagonal(h, damping)
@@ -196,6 +196,18 @@ def round_weights(
     energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
     digits = take(q + half, xp.argsort(curvature.order, axis=-1))
     return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
+
+
+def _falling(diagonal: Array, run: int) -> Array:
+    """Return the order of falling (stack, inputs) numbers, runs of consecutive ones kept whole."""
+    xp = arrays.namespace(diagonal)
+    stack, inputs = diagonal.shape
+    means = xp.mean(xp.reshape(diagonal, (stack, inputs // run, run)), axis=-1) if run > 1 else diagonal
+    order = xp.argsort(-means, axis=-1, stable=True)
+    if run == 1:
+        return order
+    within = xp.arange(run, dtype=order.dtype)
+    return xp.reshape(order[:, :, None] * run + within, (stack, inputs))
 
 
 def _raise_diagonal(stack: Array, by: Array) -> None:

@@ -15,7 +15,7 @@ step here holds a copy of all numbers while ONNX Runtime folds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,7 @@ import onnx_ir as ir
 from onnxdp.build import DTYPES, TERSE, Builder, nbytes
 from onnxdp.methods import packing
 from onnxdp.methods.packing import Packing
+from onnxdp.methods.tables import Alphabet, table
 from onnxdp.records import Array, Weight
 
 SMALL = 1 << 16
@@ -42,6 +43,8 @@ class Part:
     weight : Weight
     packing : Packing
         Of ``words``.
+    dim : int
+        Numbers that a digit stands for: an entry of a table where it is more than one.
     words : ndarray of shape (words,)
     stored : tuple of int
         Shape in which the steps lie along axes.
@@ -53,11 +56,17 @@ class Part:
 
     weight: Weight
     packing: Packing
+    dim: int
     words: Array
     stored: tuple[int, ...]
     steps: Array
     half: bool
     value: ir.Value = field(default_factory=lambda: ir.Value(name=None))
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """What a digit stands for."""
+        return Alphabet(self.packing.levels, self.dim)
 
     @property
     def row(self) -> tuple[str, tuple[int, ...]] | None:
@@ -101,7 +110,7 @@ def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
     """Count what parts add to a file, without their numbers being looked at."""
 
     def sketch(build: Builder) -> None:
-        likes = [Part(p.weight, p.packing, p.words, p.stored, p.steps, p.half) for p in parts]
+        likes = [replace(p, value=ir.Value(name=None)) for p in parts]
         for like in likes:
             like.value.name = build.terse()
         if join:
@@ -115,8 +124,15 @@ def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
 
 def _alone(build: Builder, part: Part) -> None:
     """Draw one weight's chain."""
-    integers = packing.draw(build, part.packing, part.words, part.stored)
-    _finished(build, part, integers)
+    if part.dim == 1:
+        _finished(build, part, packing.draw(build, part.packing, part.words, part.stored))
+        return
+    name = f"{build.weight}.words"
+    value, over = _entries(build, part.alphabet, part.packing, part.words, part.weight.size, name)
+    if over:
+        value = build.split(value, [part.weight.size, over])[0]
+    value = build.reshape(value, part.stored, "shaped")
+    _finished(build, part, build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT)))
 
 
 def _finished(build: Builder, part: Part, integers: ir.Value) -> None:
@@ -139,13 +155,12 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
     rows: dict[object, list[Part]] = {}
     for part in parts:
         rows.setdefault(part.row or id(part), []).append(part)
-    levels = sorted({p.packing.levels for p in parts})
     streams, sizes, owners = [], [], []
-    for count in levels:
-        pieces = {k: [p for p in own if p.packing.levels == count] for k, own in rows.items()}
+    for alphabet in sorted({p.alphabet for p in parts}):
+        pieces = {k: [p for p in own if p.alphabet == alphabet] for k, own in rows.items()}
         pieces = {k: own for k, own in pieces.items() if own}
         digits = np.concatenate([_digits(p) for own in pieces.values() for p in own])
-        stream, left_over = _stream(build, count, digits)
+        stream, left_over = _stream(build, alphabet, digits)
         streams.append(stream)
         owners += [*pieces, *([None] if left_over else [])]
         sizes += [sum(p.weight.size for p in own) for own in pieces.values()]
@@ -155,7 +170,7 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
     cut = build.split(flat, sizes) if len(sizes) > 1 else [flat]
     for key, own in rows.items():
         mine = [piece for piece, owner in zip(cut, owners, strict=True) if owner == key]
-        _rows(build, sorted(own, key=lambda p: p.packing.levels), mine)
+        _rows(build, sorted(own, key=lambda p: p.alphabet), mine)
 
 
 def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> None:
@@ -174,33 +189,51 @@ def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> 
 
 
 def _digits(part: Part) -> Array:
-    return part.packing.unpack(part.words, part.weight.size)
+    return part.packing.unpack(part.words, part.weight.size // part.dim)
 
 
-def _stream(build: Builder, levels: int, digits: Array) -> tuple[ir.Value, int]:
-    """Store digits and draw them as centred integers, int8; also returns how many follow the last of them."""
-    name = f"{TERSE}.{levels}"
+def _stream(build: Builder, alphabet: Alphabet, digits: Array) -> tuple[ir.Value, int]:
+    """Store digits and draw them as integers, int8; also returns how many follow the last of them."""
+    levels, dim = alphabet
+    name = f"{TERSE}.{levels}" if dim == 1 else f"{TERSE}.{levels}x{dim}"
     best = Packing.best(levels, digits.size, build.opset)
+    if dim > 1:
+        return _entries(build, alphabet, best, best.pack(digits), digits.size * dim, name)
     if best.digits == 1:
         return build.constant("words", packing.centred(levels)[digits], name), 0
     words = best.pack(digits)
     if build.opset < 10 or digits.size > _SPREAD:
         value = packing.rows(build.named(name), best, words)
     else:
-        value = _spread(build, best, words, name)
+        value = build.node(
+            "Gather", [packing.grid(build, levels), _spread(build, best, words, name)], "centred"
+        )
     return build.reshape(value, [len(words) * best.digits], "flat"), len(words) * best.digits - digits.size
 
 
-def _spread(build: Builder, best: Packing, words: Array, name: str) -> ir.Value:
-    """Take words apart: (word // L^i) mod L, in uint32 or int32, which runtimes divide alike."""
-    long, int32 = best.word == "uint32", int(ir.DataType.INT32)
+def _entries(
+    build: Builder, alphabet: Alphabet, packed: Packing, words: Array, size: int, name: str
+) -> tuple[ir.Value, int]:
+    """Draw the entries of a table that words name, int8, one after the other; and how many numbers too many."""
+    levels, dim = alphabet
+    if packed.digits > 1 and build.opset < 10:  # without Mod
+        words, packed = packed.unpack(words, size // dim), Packing(levels, "uint8", 1)
+    held = build.outer.constant("entries", table(alphabet), f"{TERSE}.T{levels}x{dim}")
+    value = build.node("Gather", [held, _spread(build, packed, words, name)], "entries")
+    count = len(words) * packed.digits * dim
+    return build.reshape(value, [count], "flat"), count - size
+
+
+def _spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
+    """Take words apart: (word // L^i) mod L, in uint32 or int32, which runtimes divide alike; int32."""
+    long, int32 = packed.word == "uint32", int(ir.DataType.INT32)
     value = build.constant("words", words.reshape(-1, 1), name)
     if not long:
         value = build.node("Cast", [value], "rows", to=int32)
+    if packed.digits == 1:
+        return value
     kind = np.dtype("uint32" if long else "int32")
-    places = np.array([[best.levels**i for i in range(best.digits)]], kind)
+    places = np.array([[packed.levels**i for i in range(packed.digits)]], kind)
     value = build.node("Div", [value, build.integers(places)], "shifted")
-    value = build.node("Mod", [value, build.integers(np.array(best.levels, kind))], "digits")
-    if long:
-        value = build.node("Cast", [value], "rows", to=int32)
-    return build.node("Gather", [packing.grid(build, best.levels), value], "centred")
+    value = build.node("Mod", [value, build.integers(np.array(packed.levels, kind))], "digits")
+    return build.node("Cast", [value], "rows", to=int32) if long else value
