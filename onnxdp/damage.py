@@ -18,7 +18,8 @@ from typing import TypeAlias
 from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
-from onnxdp.network import Meter, bias_input
+from onnxdp.meter import Meter
+from onnxdp.network import bias_input
 from onnxdp.planner import Choice, Curve, Item
 from onnxdp.records import Array, Candidate, Encoded, Param
 from onnxdp.settings import Progress

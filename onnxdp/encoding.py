@@ -19,7 +19,8 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import PlanError
 from onnxdp.methods.form import Aimed, Form, Solved, Task
-from onnxdp.network import Network, Stream, bias_input
+from onnxdp.network import Network, bias_input
+from onnxdp.pieces import Stream
 from onnxdp.planner import Item
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight

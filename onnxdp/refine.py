@@ -20,7 +20,8 @@ import numpy as np
 
 from onnxdp import arrays, stats, weights
 from onnxdp.encoding import Workshop
-from onnxdp.network import Network, Stream
+from onnxdp.network import Network
+from onnxdp.pieces import Stream
 from onnxdp.planner import KEEP
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight
@@ -78,16 +79,14 @@ def refine(
     original, compressed = Stream(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
         progress("refitting weights", done, len(order), choice.weight)
-        weight, tap = workshop.weights[choice.weight], taps[choice.weight]
+        tap = taps[choice.weight]
         assert tap is not None
         original.advance(network.place(tap.output), {})
         compressed.advance(network.place(tap.output), changes)
-        x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
-        beside = _beside(original, compressed, weight, tap, workshop.seed)
         with arrays.one_blas_thread():
-            new, shift = _refit(workshop, weight, choice, x, seen, beside, quick=quick)
+            new, shift = _refit(workshop, choice, tap, original, compressed, quick=quick)
         encoded[choice.weight] = new
-        if weights.can_centre(workshop.found, weight):
+        if weights.can_centre(workshop.found, workshop.weights[choice.weight]):
             shifts[choice.weight] = shift
         changes.update(workshop.fed(network, [new], shifts))
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
@@ -95,18 +94,16 @@ def refine(
 
 def _refit(
     workshop: Workshop,
-    weight: Weight,
     choice: Candidate,
-    x: Array,
-    seen: Array,
-    beside: Array | None,
+    tap: stats.Tap,
+    original: Stream,
+    compressed: Stream,
     *,
     quick: bool,
 ) -> tuple[Encoded, Array]:
-    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed.
-
-    ``x`` and ``seen`` are used up.
-    """
+    """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
+    weight = workshop.weights[choice.weight]
+    x, seen, beside = _rows(original, compressed, weight, tap, workshop.seed)
     centre = weights.can_centre(workshop.found, weight)
     tensor = weights.tensor_of(workshop.found, weight.name)
     w = weights.blocks(weight, tensor).astype(np.float32)
@@ -118,6 +115,7 @@ def _refit(
         rows /= root
     x -= seen
     lack = x @ w  # what the compressed inputs no longer give
+    del x, rows
     mean_beside = np.zeros((len(w), 1, w.shape[2]), np.float32)
     if beside is not None:  # nor does what is added to the output
         if centre:
@@ -154,32 +152,34 @@ def _ridge_solve(b: Array, target: Array) -> Array:
     return out
 
 
-def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array:
-    """Return sampled rows of the weight's input, the same places for every stream."""
-    count = -(-stats.rows_wanted(weight) // stream.feeds)
-    rows = [
-        tap.sample(weight, stream.tensor(number, tap.source), count, np.random.default_rng((seed, number)))
-        for number in range(stream.feeds)
-    ]
-    return np.concatenate(rows, axis=1)
+def _rows(
+    original: Stream, compressed: Stream, weight: Weight, tap: stats.Tap, seed: int
+) -> tuple[Array, Array, Array | None]:
+    """Return sampled rows of the weight's input in both networks, and what compression took beside them.
 
-
-def _beside(original: Stream, compressed: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array | None:
-    """Return what compression took from the tensor that is added to the weight's output.
-
-    (groups, rows, outputs), at the places of :func:`_rows`; None where nothing that is known by now is added.
-    The last layer before a residual join so repairs the other branch's error as well (method.md 1.3).
+    (groups, rows, inputs) twice, and (groups, rows, outputs) of the tensor that is added to the weight's
+    output, at the same places; None where nothing that is known by now is added. The last layer before a
+    residual join so repairs the other branch's error as well (method.md 1.3).
     """
-    other = tap.added
-    if other is None or not original.has(other):
-        return None
     count = -(-stats.rows_wanted(weight) // original.feeds)
-    lost = []
+    other = tap.added if tap.added is not None and original.has(tap.added) else None
+    streams = original, compressed
+    rows: tuple[list[Array], list[Array]] = ([], [])
+    lost: list[Array | None] = []
     for number in range(original.feeds):
-        a, b = (stream.tensor(number, other) for stream in (original, compressed))
-        shape = original.tensor(number, tap.source).shape
-        rows = tap.output_rows(weight, shape, a - b, count, np.random.default_rng((seed, number)))
-        if rows is None:
-            return None
-        lost.append(rows)
-    return np.concatenate(lost, axis=1)
+        for stream, into in zip(streams, rows, strict=True):
+            x = stream.tensor(number, tap.source)
+            into.append(tap.sample(weight, x, count, np.random.default_rng((seed, number))))
+        if other is not None:
+            a, b = (stream.tensor(number, other) for stream in streams)
+            lost.append(tap.output_rows(weight, x.shape, a - b, count, np.random.default_rng((seed, number))))
+    known = [part for part in lost if part is not None]
+    beside = np.concatenate(known, axis=1) if known and len(known) == len(lost) else None
+    return _joined(rows[0]), _joined(rows[1]), beside
+
+
+def _joined(pieces: list[Array]) -> Array:
+    """Return (groups, rows, inputs) of all feeds; the pieces are used up."""
+    joined = np.concatenate(pieces, axis=1)
+    pieces.clear()
+    return joined
