@@ -71,10 +71,20 @@ class Network:
         self.outputs = [o.name for o in self.proto.graph.output]
         self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
         self._laid_out = sum(a.nbytes for a in self.fed.values()) <= LAID_OUT
-        self._readers = Counter(name for node in self.proto.graph.node for name in _reads(node))
+        self._reads = [_reads(node) for node in self.proto.graph.node]
+        self._readers = Counter(name for names in self._reads for name in names)
         self._position: dict[str, int] = {
-            name: i for i, node in reversed(list(enumerate(self.proto.graph.node))) for name in _reads(node)
+            name: i for i, names in reversed(list(enumerate(self._reads))) for name in names
         }
+        self._shell = onnx.ModelProto()
+        self._shell.CopyFrom(self.proto)
+        for part in (
+            self._shell.graph.node,
+            self._shell.graph.input,
+            self._shell.graph.initializer,
+            self._shell.graph.output,
+        ):
+            del part[:]
 
     def session(self, outputs: Sequence[str]) -> Any:
         """Make a session that gives the named tensors."""
@@ -113,10 +123,8 @@ class Network:
 
     def alive(self, position: int) -> list[str]:
         """Name the tensors made before ``position`` that are read from there on, or are outputs."""
-        nodes = self.proto.graph.node
-        made = {name for node in nodes[:position] for name in node.output if name}
-        later = [name for node in nodes[position:] for name in _reads(node)]
-        return sorted(made & {*later, *self.outputs})
+        later = set(self.outputs).union(*self._reads[position:])
+        return sorted(n for n in later if n and self._made_at.get(n, position) < position)
 
     def readers(self, name: str) -> int:
         """Count the nodes of the main graph that read an input."""
@@ -144,20 +152,17 @@ class Network:
         """
         held = held if self._laid_out else {}
         proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
-        graph = proto.graph
-        nodes = list(graph.node)[start:stop]
-        needed = {name for node in nodes for name in _reads(node)} | set(outputs)
-        inputs = [v for v in graph.input if v.name in needed and v.name not in held]
-        inputs += [
+        proto.CopyFrom(self._shell)
+        whole, graph = self.proto.graph, proto.graph
+        needed = set(outputs).union(*self._reads[start:stop])
+        graph.node.extend(whole.node[start:stop])
+        graph.input.extend(v for v in whole.input if v.name in needed and v.name not in held)
+        graph.input.extend(
             onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.alive(start) if n in needed
-        ]
-        constants = [t for t in graph.initializer if t.name in needed]
-        constants += [onnx.numpy_helper.from_array(a, n) for n, a in held.items() if n in needed]
-        for part, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, constants)):
-            copies = [_copy(k) for k in kept]
-            del part[:]
-            part.extend(copies)
+        )
+        graph.initializer.extend(t for t in whole.initializer if t.name in needed)
+        graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in held.items() if n in needed)
+        graph.output.extend(v for v in whole.output if v.name in outputs)
         _set_outputs(graph, outputs)
         return self._session(proto, outputs)
 
