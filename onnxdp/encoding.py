@@ -98,6 +98,7 @@ class Workshop:
             seen: dict[str, Seen] = {}
             if network is not None and stream is not None:
                 seen = stats.gather(stream, self.found, members, network, seed=self._settings.seed)
+            arrays.trim()
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs: list[tuple[Form, Group]]
             jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
@@ -114,6 +115,8 @@ class Workshop:
                     self._means[name] = what.mean
                 if self._keep_samples:
                     self._samples[name] = what.samples
+            tasks.clear()  # large, and not wanted beside the next
+            seen.clear()
         progress("solving weights", total, total, "")
 
     def aim(self, bits: float) -> None:

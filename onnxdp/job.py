@@ -135,6 +135,7 @@ class Job:
             sequential = any(f.sequential for f in forms)
             found, made = preparation.probed(network, found, settings, many=sequential)
             fit, held_out = made.split(FIT_SHARE)
+            del made  # large
         bits, *more = (_bits_left(model, found, s) for s in (settings, *also))
         workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
         with _clock(seconds, "solving"):
@@ -205,6 +206,9 @@ class Job:
             else:
                 choice = search.smallest()  # atoms are fixed: a pair wherever it pays
             self._worthwhile(choice, search)
+            if search.meter is not None:
+                search.meter.rest()
+            arrays.trim()
         with _clock(self.seconds, "refitting"):
             refit = self._refitted(search, choice)
         candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]

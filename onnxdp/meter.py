@@ -31,8 +31,12 @@ class Meter:
         self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
         self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
         self._size = {n: float(sum(np.square(b[n]).sum() for b in self._base)) for n in self._floating()}
-        self._stream = Stream(network, probes)
-        self._tail = Tail(network, self.watched, network.fed)
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of tensors and sessions; what is asked next makes them again."""
+        self._stream = Stream(self.network, self._probes)
+        self._tail = Tail(self.network, self.watched, self.network.fed)
 
     def together(self, changes: Changes) -> tuple[float, float]:
         """Return (damage, relative output error) of all changes at once.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
-from onnxdp import runtime
+from onnxdp import arrays, runtime
 from onnxdp.network import Changes, Network, types_of
 from onnxdp.probes import Probes
 from onnxdp.records import Array
@@ -75,6 +75,7 @@ class Stream:
         for number in range(self.feeds):
             self._held[number] = dict(self.state(number))
         self._start, self._ahead = place, None
+        arrays.trim()
 
     def state(self, feed: int) -> Mapping[str, Array]:
         """Return the tensors of one feed that are alive here; all of one, then all of another."""

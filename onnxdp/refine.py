@@ -106,6 +106,7 @@ def _refit(
     """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
     weight = workshop.weights[choice.weight]
     (x, beside), (seen, beside_seen) = look()
+    arrays.trim()
     centre = weights.can_centre(workshop.found, weight)
     tensor = weights.tensor_of(workshop.found, weight.name)
     w = weights.blocks(weight, tensor).astype(np.float32)

@@ -135,11 +135,11 @@ class Problem:
         x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
         x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
         xp = arrays.namespace(x)
-        moment = arrays.gram(x)
-        mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
+        moment = [arrays.gram(x)]
+        mean = xp.mean(xp.linalg.diagonal(moment[0]), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
-        return cls(Curvature.of(moment, share * mean), parts)
+        return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
 
     def encoded(self, task: Task, levels: int, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
