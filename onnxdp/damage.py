@@ -18,16 +18,14 @@ from typing import TypeAlias
 from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
-from onnxdp.methods.tables import Alphabet
-from onnxdp.network import Meter, bias_input
+from onnxdp.meter import Meter
+from onnxdp.network import bias_input
 from onnxdp.planner import Choice, Curve, Item
 from onnxdp.records import Array, Candidate, Encoded, Param
 from onnxdp.settings import Progress
 
 ROUNDS = 6
 """Most rounds of measuring and choosing again."""
-PAYS = 64
-"""Numbers for each byte of a table from which it pays: it saves them an eighth of a bit or more."""
 FREE = 1e-5
 """Local errors whose square is below this are not worth a measurement (float16 has about 1e-7)."""
 
@@ -113,29 +111,10 @@ class Search:
             self._scanned = True
         choice = self._choose(budget)
         for number in range(ROUNDS):
-            if not self._measure(choice, number) and not self._withdraw_idle(choice):
+            if not self._measure(choice, number):
                 break
             choice = self._choose(budget)
         return choice
-
-    def _withdraw_idle(self, choice: Choice) -> bool:
-        """Take the table that the fewest numbers use out of all candidates, where it does not pay.
-
-        Returns whether there was one.
-        """
-        used: dict[Alphabet, int] = {}
-        for c in choice.candidates.values():
-            if "dim" in c.params:
-                alphabet = Alphabet.of(c.params)
-                used[alphabet] = used.get(alphabet, 0) + self.workshop.weights[c.weight].size
-        shares = {a: held / (a.levels * a.dim) for a, held in used.items()}
-        idle = min(shares, key=lambda a: shares[a], default=None)
-        if idle is None or shares[idle] >= PAYS:
-            return False
-        for item in self.items:
-            for name, own in item.alone.items():
-                item.alone[name] = tuple(c for c in own if c.params != idle.params)
-        return True
 
     def _scan(self) -> None:
         """Measure weights alone at a few shares of their float16 bytes: every curve needs a foot to stand on.
@@ -195,12 +174,17 @@ class Search:
         return given
 
     def _choose(self, budget: int) -> Choice:
-        choice = planner.choose(self.items, self.curves, budget, self.overhead)
+        choice = self._chosen(budget)
         if choice is None and self._give_spare():
-            choice = planner.choose(self.items, self.curves, budget, self.overhead)
+            choice = self._chosen(budget)
         if choice is None:
             raise TargetError("out of reach")
         return choice
+
+    def _chosen(self, budget: int) -> Choice | None:
+        price = planner.price(self.items, self.curves, budget, self.overhead)
+        items = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
+        return planner.choose(items, self.curves, budget, self.overhead)
 
     def _measure(self, choice: Choice, number: int) -> int:
         """Measure the candidates of a choice whose curves say nothing near them; returns how many."""
@@ -454,9 +438,11 @@ def _within_damage(search: Search, allowed: float) -> Choice:
 
 def _settled(search: Search, log_price: float, number: int) -> Choice:
     """Choose at a price, measuring once or twice where the choice falls."""
-    choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+    price = math.exp(log_price)
+    items = planner.with_tables_that_pay(search.items, search.curves, price, search.overhead)
+    choice = planner.at_price(items, search.curves, price, search.overhead)
     for _ in range(2):
-        if not search._measure(choice, number) and not search._withdraw_idle(choice):
+        if not search._measure(choice, number):
             break
-        choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+        choice = planner.at_price(items, search.curves, price, search.overhead)
     return choice

@@ -19,7 +19,8 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import PlanError
 from onnxdp.methods.form import Aimed, Form, Solved, Task
-from onnxdp.network import Network, Stream, bias_input
+from onnxdp.network import Network, bias_input
+from onnxdp.pieces import Stream
 from onnxdp.planner import Item
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight
@@ -97,6 +98,7 @@ class Workshop:
             seen: dict[str, Seen] = {}
             if network is not None and stream is not None:
                 seen = stats.gather(stream, self.found, members, network, seed=self._settings.seed)
+            arrays.trim()
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs: list[tuple[Form, Group]]
             jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
@@ -113,6 +115,8 @@ class Workshop:
                     self._means[name] = what.mean
                 if self._keep_samples:
                     self._samples[name] = what.samples
+            tasks.clear()  # large, and not wanted beside the next
+            seen.clear()
         progress("solving weights", total, total, "")
 
     def aim(self, bits: float) -> None:

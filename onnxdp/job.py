@@ -21,9 +21,10 @@ from onnxdp import model as model_file
 from onnxdp.damage import Named, Search, within_error, within_error_encoded
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError, VerifyError
+from onnxdp.meter import Meter
 from onnxdp.methods.form import forms_for
 from onnxdp.model import Model
-from onnxdp.network import Meter, Network
+from onnxdp.network import Network
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
@@ -134,6 +135,7 @@ class Job:
             sequential = any(f.sequential for f in forms)
             found, made = preparation.probed(network, found, settings, many=sequential)
             fit, held_out = made.split(FIT_SHARE)
+            del made  # large
         bits, *more = (_bits_left(model, found, s) for s in (settings, *also))
         workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
         with _clock(seconds, "solving"):
@@ -204,6 +206,9 @@ class Job:
             else:
                 choice = search.smallest()  # atoms are fixed: a pair wherever it pays
             self._worthwhile(choice, search)
+            if search.meter is not None:
+                search.meter.rest()
+            arrays.trim()
         with _clock(self.seconds, "refitting"):
             refit = self._refitted(search, choice)
         candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]
@@ -246,13 +251,11 @@ class Job:
         return measure
 
     def _measuring(self) -> Meter:
-        """Return what measures damage: kept from an earlier target, or new (it holds much memory)."""
+        """Return what measures damage: kept from an earlier target, or new."""
         if self._meter is not None:
             return self._meter
         few = self.costly and self.held_out.samples >= 8
-        meter = Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
-        meter.prepare([w.name for w in self.found.weights if w.name in self.network.fed])
-        return meter
+        return Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
 
     def check(self, made: Plan) -> None:
         """Refuse a plan of another model, or one that names what does not exist."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 
+from onnxdp.methods.tables import Alphabet, table_of
 from onnxdp.records import Array, Candidate, Weight
 
 
@@ -109,18 +110,62 @@ def choose(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping
     least = cheapest(items, overhead)
     if least.nbytes > budget:
         return None
-    low, high = -80.0, 20.0  # log of damage per byte
-    best = at_price(items, curves, math.exp(low), overhead)
-    if best.nbytes > budget:
-        best = least
-        for _ in range(50):
-            middle = (low + high) / 2
-            tried = at_price(items, curves, math.exp(middle), overhead)
-            if tried.nbytes <= budget:
-                high, best = middle, tried
-            else:
-                low = middle
-    return _fill(items, curves, best, budget, overhead)
+    found = at_price(items, curves, price(items, curves, budget, overhead), overhead)
+    return _fill(items, curves, found if found.nbytes <= budget else least, budget, overhead)
+
+
+def price(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping[str, int]) -> float:
+    """Return the damage per byte from which on choices are within ``budget`` bytes, as far as any is."""
+    low, high = -80.0, 20.0  # logarithms
+    if at_price(items, curves, math.exp(low), overhead).nbytes <= budget:
+        return math.exp(low)
+    for _ in range(50):
+        middle = (low + high) / 2
+        if at_price(items, curves, math.exp(middle), overhead).nbytes <= budget:
+            high = middle
+        else:
+            low = middle
+    return math.exp(high)
+
+
+def with_tables_that_pay(
+    items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]
+) -> list[Item]:
+    """Return the items without the candidates whose table is worth less at a price than its own bytes.
+
+    Tables are added one by one, the one that saves most beside those before it first.
+    """
+    alone = [own for item in items for own in item.alone.values()]
+    tables = sorted({t for own in alone for c in own if (t := table_of(c.params))})
+    if not tables:
+        return list(items)
+    costs = np.full((len(alone), len(tables) + 1), math.inf)  # the last column: without a table
+    for row, own in zip(costs, alone, strict=True):
+        each = damages(own, curves) + price * np.array([bytes_of(c, overhead) for c in own], np.float64)
+        for c, cost in zip(own, each, strict=True):
+            table = table_of(c.params)
+            place = len(tables) if table is None else tables.index(table)
+            row[place] = min(row[place], cost)
+    least, kept = costs[:, -1], set[Alphabet]()
+    while True:
+        saved = {
+            t: float((least - np.minimum(least, costs[:, k])).sum()) - price * t.levels * t.dim
+            for k, t in enumerate(tables)
+            if t not in kept
+        }
+        best = max(saved, key=lambda t: saved[t], default=None)
+        if best is None or saved[best] <= 0:
+            break
+        kept.add(best)
+        least = np.minimum(least, costs[:, tables.index(best)])
+
+    def pays(c: Candidate) -> bool:
+        return (table := table_of(c.params)) is None or table in kept
+
+    return [
+        replace(item, alone={n: tuple(c for c in own if pays(c)) for n, own in item.alone.items()})
+        for item in items
+    ]
 
 
 def at_price(items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]) -> Choice:

@@ -20,6 +20,9 @@ from onnxdp.weights import Found
 COSTLY = 3_000_000_000
 """Multiply-accumulates of one sample from which fewer probes, and fewer points of a curve, have to do."""
 
+FED = 32_000_000
+"""Bytes of the largest output of a weight, of all samples of a feed: runs need several times that."""
+
 _FEW = (3e10, 24, 768)
 """Multiply-accumulates to spend on one pass over the probes, least and most of them ..."""
 _MANY = (2.4e11, 128, 384)
@@ -58,7 +61,12 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
-    made = probes_for(network.specification, settings, network, usual=usual, asked=macs <= COSTLY)
+    widest = max((4 * w.positions * w.groups * w.outputs for w in found.weights), default=0)
+    batch = min(probes.BATCH, max(1, FED // max(widest, 1)))
+    made = probes_for(
+        network.specification, settings, network, usual=usual, asked=macs <= COSTLY, batch=batch
+    )
+    made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
 
 
@@ -89,7 +97,13 @@ def _carried(made: Probes, network: Network) -> Probes:
 
 
 def probes_for(
-    proto: Any, settings: Settings, network: Network | None = None, *, usual: int = 16, asked: bool = True
+    proto: Any,
+    settings: Settings,
+    network: Network | None = None,
+    *,
+    usual: int = 16,
+    asked: bool = True,
+    batch: int = probes.BATCH,
 ) -> Probes:
     """Make probes for a model, or load those that were given; a network tells their range and picks them.
 
@@ -104,14 +118,16 @@ def probes_for(
     answers = network.answers() if network is not None and asked else None
     misfit = normalisation.misfit(network) if network is not None else None
     if settings.calibrate is None:
-        return probes.make(specs, samples=samples, seed=settings.seed, answers=answers, misfit=misfit)
+        return probes.make(
+            specs, samples=samples, seed=settings.seed, batch=batch, answers=answers, misfit=misfit
+        )
     enough = settings.samples or (calibration.ENOUGH if asked else usual)
     most = max(enough, settings.samples or usual)
     real, found = calibration.load(specs, settings, most=most, answers=answers, misfit=misfit)
     if found is None or real.samples >= enough:
         return real
     missing, alike = enough - real.samples, calibration.sized(specs, real)
-    made = probes.make(alike, samples=missing, seed=settings.seed, answers=answers, wanted=found)
+    made = probes.make(alike, samples=missing, seed=settings.seed, batch=batch, answers=answers, wanted=found)
     return real.join(made) if real.fits(made) else real
 
 

@@ -14,13 +14,16 @@ method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
 from onnxdp import arrays, stats, weights
 from onnxdp.encoding import Workshop
-from onnxdp.network import Network, Stream
+from onnxdp.network import Changes, Network
+from onnxdp.pieces import Stream
 from onnxdp.planner import KEEP
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Candidate, Encoded, Weight
@@ -30,6 +33,12 @@ ALPHA = 1.0
 """Share of the way to the refitted weight; made-up probes deserve less than full trust."""
 RIDGE = (0.03, 0.3)
 """delta over the mean diagonal of H': a + b * inputs / samples."""
+
+_MANY = 64
+"""Columns from which halves of a product are worked out side by side."""
+
+Rows: TypeAlias = tuple[Array, Array | None]
+"""What a weight sees, and what is added to what it puts out."""
 
 
 def refine(
@@ -80,12 +89,10 @@ def refine(
         progress("refitting weights", done, len(order), choice.weight)
         weight, tap = workshop.weights[choice.weight], taps[choice.weight]
         assert tap is not None
-        original.advance(network.place(tap.output), {})
-        compressed.advance(network.place(tap.output), changes)
-        x, seen = (_rows(stream, weight, tap, workshop.seed) for stream in (original, compressed))
-        beside = _beside(original, compressed, weight, tap, workshop.seed)
+        place = network.place(tap.output)
+        look = partial(_look, ((original, {}), (compressed, changes)), place, weight, tap, workshop.seed)
         with arrays.one_blas_thread():
-            new, shift = _refit(workshop, weight, choice, x, seen, beside, quick=quick)
+            new, shift = _refit(workshop, choice, look, quick=quick)
         encoded[choice.weight] = new
         if weights.can_centre(workshop.found, weight):
             shifts[choice.weight] = shift
@@ -94,19 +101,12 @@ def refine(
 
 
 def _refit(
-    workshop: Workshop,
-    weight: Weight,
-    choice: Candidate,
-    x: Array,
-    seen: Array,
-    beside: Array | None,
-    *,
-    quick: bool,
+    workshop: Workshop, choice: Candidate, look: Callable[[], Iterator[Rows]], *, quick: bool
 ) -> tuple[Encoded, Array]:
-    """Return the weight encoded for the inputs ``seen``, (groups, rows, inputs), when compressed.
-
-    ``x`` and ``seen`` are used up.
-    """
+    """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
+    weight = workshop.weights[choice.weight]
+    (x, beside), (seen, beside_seen) = look()
+    arrays.trim()
     centre = weights.can_centre(workshop.found, weight)
     tensor = weights.tensor_of(workshop.found, weight.name)
     w = weights.blocks(weight, tensor).astype(np.float32)
@@ -117,9 +117,11 @@ def _refit(
         rows -= middle[:, None, :].astype(np.float32)
         rows /= root
     x -= seen
-    lack = x @ w  # what the compressed inputs no longer give
+    lack = np.concatenate(list(arrays.side_by_side(x.__matmul__, _halves(w))), axis=-1)
+    del x, rows  # the rest is what the compressed inputs no longer give
     mean_beside = np.zeros((len(w), 1, w.shape[2]), np.float32)
-    if beside is not None:  # nor does what is added to the output
+    if beside is not None and beside_seen is not None:  # nor does what is added to the output
+        beside -= beside_seen
         if centre:
             mean_beside = beside.mean(axis=1, keepdims=True)
         lack += (beside - mean_beside) / root
@@ -129,10 +131,14 @@ def _refit(
         moved = w + ALPHA * _ridge_solve(seen, lack)
         new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen)
     decoded = weights.blocks(weight, workshop.decode(new))
-    shift = np.einsum("gm,gmn->gn", mean, w.astype(np.float64)) - np.einsum(
-        "gm,gmn->gn", mean_seen, decoded.astype(np.float64)
-    )
-    return new, (shift + mean_beside[:, 0]).reshape(-1).astype(np.float32)
+    shift = stats.mean_output(mean, w) - stats.mean_output(mean_seen, decoded)
+    return new, (shift + mean_beside.reshape(-1)).astype(np.float32)
+
+
+def _halves(w: Array) -> list[Array]:
+    """Cut many columns in two: always, so that threads change no bit."""
+    n = w.shape[-1]
+    return [w] if n < _MANY else [w[..., : n // 2], w[..., n // 2 :]]
 
 
 def _ridge_solve(b: Array, target: Array) -> Array:
@@ -154,32 +160,37 @@ def _ridge_solve(b: Array, target: Array) -> Array:
     return out
 
 
-def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array:
-    """Return sampled rows of the weight's input, the same places for every stream."""
-    count = -(-stats.rows_wanted(weight) // stream.feeds)
-    rows = [
-        tap.sample(weight, stream.tensor(number, tap.source), count, np.random.default_rng((seed, number)))
-        for number in range(stream.feeds)
-    ]
-    return np.concatenate(rows, axis=1)
+def _look(
+    streams: Sequence[tuple[Stream, Changes]], place: int, weight: Weight, tap: stats.Tap, seed: int
+) -> Iterator[Rows]:
+    """Move both networks on to a weight, side by side, and return what it sees in each."""
+
+    def one(job: tuple[Stream, Changes]) -> Rows:
+        stream, changes = job
+        stream.advance(place, changes)
+        return _rows(stream, weight, tap, seed)
+
+    return arrays.side_by_side(one, streams)
 
 
-def _beside(original: Stream, compressed: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Array | None:
-    """Return what compression took from the tensor that is added to the weight's output.
+def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Rows:
+    """Return sampled rows of the weight's input, and those of what is added to its output.
 
-    (groups, rows, outputs), at the places of :func:`_rows`; None where nothing that is known by now is added.
-    The last layer before a residual join so repairs the other branch's error as well (method.md 1.3).
+    (groups, rows, inputs), and (groups, rows, outputs) at the same places; None where nothing that is known
+    by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
+    1.3).
     """
-    other = tap.added
-    if other is None or not original.has(other):
-        return None
-    count = -(-stats.rows_wanted(weight) // original.feeds)
-    lost = []
-    for number in range(original.feeds):
-        a, b = (stream.tensor(number, other) for stream in (original, compressed))
-        shape = original.tensor(number, tap.source).shape
-        rows = tap.output_rows(weight, shape, a - b, count, np.random.default_rng((seed, number)))
-        if rows is None:
-            return None
-        lost.append(rows)
-    return np.concatenate(lost, axis=1)
+    count = -(-stats.rows_wanted(weight) // stream.feeds)
+    other = tap.added if tap.added is not None and stream.has(tap.added) else None
+    rows: list[Array] = []
+    added: list[Array | None] = []
+    for number in range(stream.feeds):
+        x = stream.tensor(number, tap.source)
+        rows.append(tap.sample(weight, x, count, np.random.default_rng((seed, number))))
+        if other is not None:
+            y = stream.tensor(number, other)
+            added.append(tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number))))
+    known = [a for a in added if a is not None]
+    beside = np.concatenate(known, axis=1) if known and len(known) == len(added) else None
+    known.clear()
+    return np.concatenate(rows, axis=1), beside

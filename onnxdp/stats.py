@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.network import Network, Stream
+from onnxdp.network import Network
+from onnxdp.pieces import Stream
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
 

@@ -8,7 +8,9 @@ import pytest
 
 from onnxdp import model as model_file
 from onnxdp import probes, runtime, weights
-from onnxdp.network import Meter, Network, Stream, bias_input
+from onnxdp.meter import Meter
+from onnxdp.network import Network, bias_input
+from onnxdp.pieces import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import builders
@@ -57,7 +59,6 @@ def test_a_suffix_measures_what_the_whole_does(parts):
     _, found, network, made = parts
     meter = Meter(network, made)
     names = [w.name for w in found.weights if w.name in network.fed]
-    meter.prepare(names)
     for name in (names[0], names[len(names) // 2], names[-1]):
         changed = {name: network.fed[name] * np.float32(0.9)}
         if bias_input(name) in network.fed:

@@ -479,7 +479,7 @@ def part_of(
     steps = steps.astype(np.float16).astype(np.float32)
     steps = steps.reshape([d if i == axis else 1 for i, d in enumerate(shape)])
     weight = Weight(f"layer{seed}.weight", "Conv", ("node",), shape, dtype, 4 * size, inputs=1, outputs=1)
-    return Part(weight, packing, packing.pack(digits), shape, steps, half=True)
+    return Part(weight, packing, 1, packing.pack(digits), shape, steps, half=True)
 
 
 def value_of(part: Part) -> np.ndarray:

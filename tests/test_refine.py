@@ -8,8 +8,9 @@ import pytest
 from onnxdp import model as model_file
 from onnxdp import probes, runtime, weights
 from onnxdp.encoding import Workshop
+from onnxdp.meter import Meter
 from onnxdp.methods.form import forms_for
-from onnxdp.network import Meter, Network
+from onnxdp.network import Network
 from onnxdp.refine import RIDGE, _ridge_solve, refine
 from onnxdp.settings import Settings, silent
 

@@ -104,7 +104,7 @@ def test_feedback_is_the_literal_elimination(inputs, outputs, levels, seed):
     wanted, tie = eliminated(unit[0], h, half)
     # both sum up `inputs` corrections, each good to the rounding of a factor of H; nearer ties go either way
     assume(tie > 4 * inputs * EPS32 * np.linalg.cond(h) ** 0.5 * (1 + np.abs(unit).max()))
-    got = rounding._feedback(unit.astype(np.float32), curvature.feedback, half)
+    got, _ = rounding._feedback(unit.astype(np.float32), curvature.feedback, half)
     assert np.array_equal(got[0], wanted)
 
 
@@ -118,9 +118,30 @@ def test_feedback_in_blocks_is_feedback_row_by_row(inputs, monkeypatch):
     for i in range(inputs):
         fed = curvature.feedback[0, :i, i].astype(np.float64) @ (unit[0] - q[0])[:i]
         q[0, i] = np.clip(np.round(target[0, i] + fed + 2), 0, 4) - 2
-    again = rounding._feedback(unit, curvature.feedback, 2.0)
+    again, missed = rounding._feedback(unit, curvature.feedback, 2.0)
     # float32 and float64 part ways at a tie only
     assert np.array_equal(q, again)
+    lost = (unit - q).astype(np.float64)
+    v = curvature.feedback[0].astype(np.float64)
+    bound = 2 * inputs * EPS32 * (np.abs(v).T @ np.abs(lost[0]) + np.abs(unit[0]) + 2)
+    assert np.all(np.abs(missed[0] - (lost[0] + v.T @ lost[0])) <= bound)
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 8, 9, 30])
+def test_factoring_in_blocks_gives_the_moment_back(inputs, monkeypatch):
+    monkeypatch.setattr(rounding, "_SOLVED", 8)
+    w, moment = problem(inputs, 3, seed=5, stack=2)
+    curvature = curved(moment)
+    v = curvature.feedback.astype(np.float64)
+    assert not np.tril(v).any()
+    unit = v + np.eye(inputs)
+    h = curvature.moment.astype(np.float64)
+    again = (unit * curvature.pivots[:, None, :]) @ unit.swapaxes(1, 2)
+    size = np.sqrt(np.einsum("bi,bj->bij", *(np.diagonal(h, axis1=1, axis2=2),) * 2))
+    assert np.all(np.abs(again - h) <= 4 * inputs * EPS32 * size)
+    white = rounding._whitened(w, curvature.feedback).astype(np.float64)
+    energy = np.sum(curvature.pivots[:, :, None] * white**2, axis=1)
+    assert energy == pytest.approx(quadratic(h, w), rel=1e-4)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 16])
@@ -131,7 +152,7 @@ def test_feedback_beats_rounding_to_nearest_with_the_same_steps(levels):
         w, moment = problem(seed=seed)
         curvature = curved(moment)
         unit = in_order(w, curvature, first_steps(w, curvature, levels))
-        fed = rounding._feedback(unit, curvature.feedback, half)
+        fed, _ = rounding._feedback(unit, curvature.feedback, half)
         near = rounding._nearest(unit, half)
         costs = [quadratic(curvature.moment, (unit - q).astype(np.float64)).sum() for q in (fed, near)]
         ratios.append(costs[0] / costs[1])
@@ -146,10 +167,13 @@ def test_a_sweep_never_increases_the_objective(inputs, levels, seed):
     half = (levels - 1) / 2
     unit = in_order(w, curvature, first_steps(w, curvature, levels))
     before = rounding._nearest(unit, half)
-    after = rounding._sweep(unit, before, curvature.moment, half)
+    times = curvature.moment.__matmul__
+    after, told = rounding._sweep(times(unit), before, times(before), curvature.moment, half)
     h = np.abs(curvature.moment.astype(np.float64))
-    # a move is chosen by a pull of `inputs` float32 terms, corrected as often: twice that error a step moved
-    lost = np.maximum(np.abs(unit - before), np.abs(after - before)).astype(np.float64)
+    exact = curvature.moment.astype(np.float64) @ after
+    assert np.all(np.abs(told - exact) <= 4 * inputs * EPS32 * (h @ (np.abs(after) + np.abs(before))))
+    # a move is chosen by a pull, the difference of two sums of `inputs` float32 terms: their errors a step
+    lost = np.maximum(np.abs(unit), np.abs(after) + np.abs(before)).astype(np.float64)
     bound = 2 * np.sum(np.abs(after - before) * 2 * inputs * EPS32 * (h @ lost), axis=1)
     costs = [quadratic(curvature.moment, (unit - q).astype(np.float64)) for q in (before, after)]
     assert np.all(costs[1] <= costs[0] + bound)

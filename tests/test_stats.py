@@ -13,7 +13,8 @@ from rewriting import draw, model, one_conv, pair, rewrite, run
 from test_rewrite import convolutions
 
 from onnxdp import stats, weights
-from onnxdp.network import Network, Stream
+from onnxdp.network import Network
+from onnxdp.pieces import Stream
 from onnxdp.probes import Probes
 
 

@@ -11,7 +11,8 @@ from onnxdp import model as model_file
 from onnxdp import preparation, probes, runtime, weights
 from onnxdp.damage import Search
 from onnxdp.job import Job
-from onnxdp.network import Meter, Network
+from onnxdp.meter import Meter
+from onnxdp.network import Network
 from onnxdp.settings import Settings
 
 EPS = float(np.finfo(np.float32).eps)
@@ -86,7 +87,6 @@ def test_every_weight_is_fed_and_the_network_stays_the_same(parts):
 def test_every_weight_that_runs_does_damage_alone_and_together(parts):
     _, found, lifted, made = parts
     meter = Meter(lifted, made)
-    meter.prepare(list(lifted.fed))
     for w in found.weights:
         changed = {w.name: lifted.fed[w.name] * np.float32(0.8)}
         damage, error = meter.together(changed)

@@ -23,7 +23,8 @@ from common import arguments, classifiers, machine, markdown, say, tell
 from onnxdp import arrays, model, probes, runtime, stats, weights
 from onnxdp.errors import SetupError
 from onnxdp.methods import dictionary, solvers
-from onnxdp.network import Network, Stream
+from onnxdp.network import Network
+from onnxdp.pieces import Stream
 from onnxdp.records import Array, Weight
 
 NAMES = ("exact", "dpl", "randomized")

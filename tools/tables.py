@@ -1,8 +1,8 @@
-"""Make the tables of short vectors that onnxdp/methods/tables.npz holds (some 4 kB), the same for every network.
+"""Make the tables of short vectors that onnxdp/methods/tables.npz holds, 7 kB, the same for every network.
 
-Vectors are drawn from a normal distribution whose scale varies from vector to vector, as the scales of trained
-weights do along a row; k-means with several starts finds the entries, whose largest number becomes 127. Beside
-each table its relative error on such numbers is stored: how one compares with another.
+Vectors are drawn from a normal distribution whose scale varies from vector to vector, as the scales of
+trained weights do along a row; k-means with several starts finds the entries, whose largest number becomes
+127. Beside each table its relative error on such numbers is stored: how one compares with another.
 
     python tools/tables.py onnxdp/methods/tables.npz
 """
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from onnxdp.methods.tables import TABLES
 
 SPREAD = 0.3
-"""Standard deviation of the logarithm of the scale; .2 suits ResNet-20, .4 SqueezeNet; 0 and .6 lose a tenth more."""
+"""Deviation of the logarithm of the scale: .2 suits ResNet-20, .4 SqueezeNet; 0 loses a tenth more."""
 DRAWN, ROUNDS, STARTS = 100_000, 40, 3
 PEAK = 127
 
@@ -32,7 +33,7 @@ def drawn(dim: int, seed: int) -> Floats:
 
 
 def nearest(x: Floats, centres: Floats) -> Floats:
-    """Number the nearest of the centres for every vector."""
+    """Find the nearest of the centres for every vector."""
     return np.concatenate(
         [
             np.argmin(np.square(centres).sum(axis=1) - 2 * (some @ centres.T), axis=1)

@@ -2,8 +2,8 @@
 
     W' = s (k - (L - 1) / 2),    k = 0 .. L - 1 packed as base-L digits,    s in float16, one per output
 
-or, at most numbers of bits with less lost, a digit stands for several consecutive numbers of a row: an entry of
-a table that all weights and networks have in common (:mod:`onnxdp.methods.tables`).
+or, with less lost at most numbers of bits, a digit stands for a few consecutive numbers of a row: an entry
+of a table that all weights and networks have in common (:mod:`onnxdp.methods.tables`).
 
 References
 ----------
@@ -48,6 +48,8 @@ _MANY = 64
 MOST_INPUTS = 6144
 """Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
 
+_SLOPES = (-1.0, -0.5)
+"""Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
 _APART = 0.8
 """Bits by which a table's may differ from those that the target leaves each number."""
 
@@ -158,12 +160,12 @@ class Problem:
         x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
         x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
         xp = arrays.namespace(x)
-        moment = arrays.gram(x)
-        mean = xp.mean(xp.linalg.diagonal(moment), axis=-1)
+        moment = [arrays.gram(x)]
+        mean = xp.mean(xp.linalg.diagonal(moment[0]), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
         run = math.lcm(*{a.dim for a in _tables(task.weight)}) if parts == 1 else 1
-        return cls(Curvature.of(moment, share * mean, run=run), parts)
+        return cls(Curvature.of(moment.pop(), share * mean, run=run), parts)  # large: not held here meanwhile
 
     def encoded(self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
@@ -260,13 +262,13 @@ class _Roundings:
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         """Return one per alphabet.
 
-        Errors of numbers of levels between those tried lie on a line in logarithms, those of tables are to one
-        another as on the numbers that the tables were made for.
+        Errors of numbers of levels between those tried lie on a line in logarithms; those of tables compare
+        as on the numbers that the tables were made for.
         """
-        steps = np.log([a.levels - 1 for a in self._steps])
+        steps = np.log([a.levels for a in self._steps])
         errors = np.log([max(self._made[a].error, 1e-12) for a in self._steps])
         found = [
-            self._candidate(Alphabet(n), float(np.exp(_along(np.log(n - 1), steps, errors)))) for n in LEVELS
+            self._candidate(Alphabet(n), float(np.exp(_along(np.log(n), steps, errors)))) for n in LEVELS
         ]
         for tried in self._vectors:
             like = (a for a in _tables(self._weight) if a.dim == tried.dim)
@@ -318,10 +320,9 @@ def _unit(alphabet: Alphabet) -> float:
 
 
 def _along(x: float, xs: Array, ys: Array) -> float:
-    """Interpolate; beyond the ends errors go as the step does."""
-    if x < xs[0]:
-        return float(ys[0] + xs[0] - x)
-    return float(ys[-1] + xs[-1] - x) if x > xs[-1] else float(np.interp(x, xs, ys))
+    """Return the line through the outer points; errors of numbers of levels are nearly one in logarithms."""
+    slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0])
+    return float(ys[0] + np.clip(slope, *_SLOPES) * (x - xs[0]))
 
 
 def _is_matrix(weight: Weight) -> bool:

@@ -55,7 +55,8 @@ class Curvature:
     def of(cls, moment: Array, damping: Array, *, run: int = 1) -> Curvature:
         """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
 
-        So many consecutive rows as a ``run`` says, a divisor of the inputs, stay together. Where that is not positive definite in its precision, damping grows until it is.
+        So many consecutive rows as a ``run`` says, a divisor of the inputs, stay together. Where that is not
+        positive definite in its precision, damping grows until it is.
 
         Raises
         ------
@@ -69,16 +70,15 @@ class Curvature:
                 "give real inputs with --inputs or --calibrate."
             )
         order = _falling(xp.linalg.diagonal(moment), run)
-        h = take(take(moment, order), order, axis=1)
+        h = take(moment, order)
         del moment  # large: of every matrix here there is one
+        h = take(h, order, axis=1)
         _raise_diagonal(h, damping)
-        while (lower := arrays.try_cholesky(xp.flip(h, axis=(-2, -1)))) is None:
+        while (feedback := _upper(h)) is None:
             _raise_diagonal(h, 9 * damping)
             damping = 10 * damping
-        upper = xp.flip(lower, axis=(-2, -1))
-        roots = xp.linalg.diagonal(upper) + 0.0
-        feedback = upper / roots[:, None, :]
-        del lower, upper
+        roots = xp.linalg.diagonal(feedback) + 0.0
+        feedback /= roots[:, None, :]
         _raise_diagonal(feedback, -xp.ones_like(damping))
         single = xp.float32
         return cls(
@@ -174,26 +174,31 @@ def round_weights(
     xp = arrays.namespace(w)
     half = (levels - 1) / 2
     w = take(w, curvature.order)
-    hw = _times(curvature, w)
+    white = w if curvature.plain else _whitened(w, curvature.feedback)
     first = _first_scale(w, curvature.pivots, levels, parts)
     wide = _SPREAD / levels**0.5
     factors = [1 + wide * (2 * t / (tries - 1) - 1) for t in range(tries)] if tries > 1 else [1.0]
-    scale, q, least = first, w, xp.full_like(first, float("inf"))
+    scale, q, least, own = first, w, xp.full_like(first, float("inf")), first
     for factor in factors:
-        unit = w / (first * factor)[:, None, :]
-        tried = _nearest(unit, half) if curvature.plain else _feedback(unit, curvature.feedback, half)
-        fitted = _refit(tried, hw, curvature, first * factor, parts)
-        error = _joined(_quadratic(curvature, w - tried * fitted[:, None, :]), parts)
-        hit = error < least
-        least, scale = xp.where(hit, error, least), xp.where(hit, fitted, scale)
+        step = first * factor
+        unit = w / step[:, None, :]
+        tried, missed = _nearest(unit, half), unit
+        if curvature.plain:
+            missed = unit - tried
+        else:
+            tried, missed = _feedback(unit, curvature.feedback, half)
+        fitted, error = _fitted(white / step[:, None, :] - missed, missed, curvature.pivots, parts)
+        fitted, error = step * fitted, step**2 * error
+        whole = _joined(error, parts)
+        hit = whole < least
+        least, scale, own = (xp.where(hit, a, b) for a, b in ((whole, least), (fitted, scale), (error, own)))
         q = xp.where(hit[:, None, :], tried, q)
-    for _ in range(sweeps):
-        unit = w / scale[:, None, :]
-        q = _nearest(unit, half) if curvature.plain else _sweep(unit, q, curvature.moment, half)
-        scale = _refit(q, hw, curvature, scale, parts)
+    if sweeps:
+        q, scale, own = _swept(w, q, scale, curvature, half, parts, sweeps)
     lost = w - q * scale[:, None, :]
-    error = _quadratic(curvature, lost) - curvature.damping[:, None] * xp.sum(lost * lost, axis=1)
-    energy = xp.sum(w * hw, axis=1) - curvature.damping[:, None] * xp.sum(w * w, axis=1)
+    error = own - curvature.damping[:, None] * xp.sum(lost * lost, axis=1)
+    energy = xp.sum(white * white * curvature.pivots[:, :, None], axis=1)
+    energy -= curvature.damping[:, None] * xp.sum(w * w, axis=1)
     digits = take(q + half, xp.argsort(curvature.order, axis=-1))
     return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
 
@@ -210,6 +215,73 @@ def _falling(diagonal: Array, run: int) -> Array:
     return xp.reshape(order[:, :, None] * run + within, (stack, inputs))
 
 
+def _upper(h: Array) -> Array | None:
+    """Return the upper triangular U of ``h = U U^T``, block column after block column from the last one."""
+    xp = arrays.namespace(h)
+    u = h + 0.0
+    m = h.shape[-1]
+    for i in reversed(range(0, m, _SOLVED)):
+        j = min(i + _SOLVED, m)
+        if j < m:
+            u[:, :j, i:j] -= u[:, :j, j:] @ xp.matrix_transpose(u[:, i:j, j:])
+        lower = arrays.try_cholesky(xp.flip(u[:, i:j, i:j], axis=(-2, -1)))
+        if lower is None:
+            return None
+        corner = xp.flip(lower, axis=(-2, -1))
+        if i:
+            u[:, :i, i:j] = u[:, :i, i:j] @ xp.matrix_transpose(xp.linalg.inv(corner))
+            u[:, i:j, :i] = 0.0
+        u[:, i:j, i:j] = corner
+    return u
+
+
+def _whitened(w: Array, feedback: Array) -> Array:
+    """Return ``(I + V)^T w``, whose squares, times the pivots, add up to ``w^T H w``."""
+    xp = arrays.namespace(w)
+    white = w + 0.0
+    for i in range(0, w.shape[1], _SOLVED):
+        j = min(i + _SOLVED, w.shape[1])
+        white[:, i:j, :] += xp.matrix_transpose(feedback[:, :j, i:j]) @ w[:, :j, :]
+    return white
+
+
+def _fitted(q: Array, missed: Array, pivots: Array, parts: int) -> tuple[Array, Array]:
+    """Return the best scale for whitened levels, (stack, columns), and the error left, of each part.
+
+    Parameters
+    ----------
+    q, missed : array of shape (stack, inputs, columns)
+        The levels, and what a scale of 1 lacks, both whitened.
+    pivots : array of shape (stack, inputs)
+    parts : int
+    """
+    xp = arrays.namespace(q)
+    d = pivots[:, :, None]
+    over, under, error = (xp.sum(x * d, axis=1) for x in (q * missed, q * q, missed * missed))
+    whole, size = _joined(over, parts), _joined(under, parts)
+    fits = (size > 0) & (whole + size > 0)
+    more = xp.where(fits, whole / xp.where(fits, size, xp.ones_like(size)), xp.zeros_like(size))
+    return 1.0 + more, error - 2 * more * over + more**2 * under
+
+
+def _swept(
+    w: Array, q: Array, scale: Array, curvature: Curvature, half: float, parts: int, sweeps: int
+) -> tuple[Array, Array, Array]:
+    """Return levels, scales and errors after rounds of coordinate descent and of refitting the scales."""
+    xp = arrays.namespace(w)
+    hw, hq = _times(curvature, w), _times(curvature, q)
+    for _ in range(sweeps):
+        if curvature.plain:
+            q = hq = _nearest(w / scale[:, None, :], half)
+        else:
+            q, hq = _sweep(hw / scale[:, None, :], q, hq, curvature.moment, half)
+        over, under = (_joined(xp.sum(q * x, axis=1), parts) for x in (hw, hq))
+        fits = (under > 0) & (over > 0)
+        scale = xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), scale)
+    step = scale[:, None, :]
+    return q, scale, xp.sum((w - q * step) * (hw - hq * step), axis=1)
+
+
 def _raise_diagonal(stack: Array, by: Array) -> None:
     """Add ``by`` (stack,) to the diagonals of (stack, m, m), in place."""
     xp = arrays.namespace(stack)
@@ -218,43 +290,78 @@ def _raise_diagonal(stack: Array, by: Array) -> None:
     flat[:, :: m + 1] += xp.astype(by, stack.dtype)[:, None]
 
 
-def _feedback(w: Array, feedback: Array, half: float) -> Array:
-    """Round row after row, each told the errors of those before it; all in units of the step."""
+def _feedback(w: Array, feedback: Array, half: float) -> tuple[Array, Array]:
+    """Round row after row, each told the errors of those before it; all in units of the step.
+
+    Returns
+    -------
+    array, array
+        The levels, and what each row missed of its target: ``(I + V)^T (w - q)``.
+    """
     xp = arrays.namespace(w)
-    q = xp.empty_like(w)
+    low, high = _bounds(w, half)
+    q, missed, lost = (xp.empty_like(w) for _ in range(3))
     inputs = w.shape[1]
     for i in range(0, inputs, _BLOCK):
         j = min(i + _BLOCK, inputs)
         target = w[:, i:j, :] + 0.0
         if i:
-            target = target + xp.matrix_transpose(feedback[:, :i, i:j]) @ (w[:, :i, :] - q[:, :i, :])
-        for r in range(i, j):
-            row = _nearest(target[:, r - i, :], half)
-            q[:, r, :] = row
-            if r + 1 < j:
-                lost = w[:, r, :] - row
-                target[:, r - i + 1 :, :] += feedback[:, r, r + 1 : j, None] * lost[:, None, :]
-    return q
+            target += xp.matrix_transpose(feedback[:, :i, i:j]) @ lost[:, :i, :]
+        inner = feedback[:, i:j, i:j, None]
+        for r in range(j - i):
+            row = xp.minimum(xp.maximum(xp.round(target[:, r, :] + half), low), high) - half
+            q[:, i + r, :] = row
+            if i + r + 1 < j:
+                target[:, r + 1 :, :] += inner[:, r, r + 1 :, :] * (w[:, i + r, :] - row)[:, None, :]
+        missed[:, i:j, :] = target - q[:, i:j, :]
+        lost[:, i:j, :] = w[:, i:j, :] - q[:, i:j, :]
+    return q, missed
 
 
-def _sweep(w: Array, q: Array, moment: Array, half: float) -> Array:
-    """Move every entry once to the level that is best with all others fixed (coordinate descent)."""
-    xp = arrays.namespace(w)
-    q = q + 0.0
-    diagonal = xp.linalg.diagonal(moment)
-    pull = moment @ (w - q)
-    inputs = w.shape[1]
+def _sweep(hw: Array, q: Array, hq: Array, moment: Array, half: float) -> tuple[Array, Array]:
+    """Move every entry once to the level that is best with all others fixed (coordinate descent).
+
+    Parameters
+    ----------
+    hw : array of shape (stack, inputs, columns)
+        ``H w``, in units of the step.
+    q, hq : array of the same shape
+        The levels, and ``H q``.
+    moment : array of shape (stack, inputs, inputs)
+        H.
+    half : float
+
+    Returns
+    -------
+    array, array
+        The levels, and ``H q`` of these.
+    """
+    xp = arrays.namespace(q)
+    low, high = _bounds(q, half)
+    q, hq = q + 0.0, hq + 0.0
+    diagonal = xp.linalg.diagonal(moment)[:, :, None]
+    inputs = q.shape[1]
     for i in range(0, inputs, _BLOCK):
         j = min(i + _BLOCK, inputs)
+        pull = hw[:, i:j, :] - hq[:, i:j, :]
         before = q[:, i:j, :] + 0.0
-        for r in range(i, j):
-            row = _nearest(q[:, r, :] + pull[:, r, :] / diagonal[:, r, None], half)
-            moved = row - q[:, r, :]
-            q[:, r, :] = row
-            pull[:, r:j, :] -= moment[:, r, r:j, None] * moved[:, None, :]
-        if j < inputs:
-            pull[:, j:, :] -= moment[:, j:, i:j] @ (q[:, i:j, :] - before)
-    return q
+        inner = moment[:, i:j, i:j, None]
+        for r in range(j - i):
+            old = before[:, r, :]
+            aim = old + pull[:, r, :] / diagonal[:, i + r, :]
+            row = xp.minimum(xp.maximum(xp.round(aim + half), low), high) - half
+            q[:, i + r, :] = row
+            if i + r + 1 < j:
+                pull[:, r + 1 :, :] -= inner[:, r, r + 1 :, :] * (row - old)[:, None, :]
+        hq += moment[:, :, i:j] @ (q[:, i:j, :] - before)
+    return q, hq
+
+
+def _bounds(like: Array, half: float) -> tuple[Array, Array]:
+    """Return the first and the last level's number, as arrays."""
+    xp = arrays.namespace(like)
+    zero = xp.astype(arrays.zeros((), like), like.dtype)
+    return zero, zero + 2 * half
 
 
 def _first_scale(w: Array, pivots: Array, levels: int, parts: int) -> Array:
@@ -275,27 +382,14 @@ def _first_scale(w: Array, pivots: Array, levels: int, parts: int) -> Array:
     return best
 
 
-def _refit(q: Array, hw: Array, curvature: Curvature, scale: Array, parts: int) -> Array:
-    """Return the best scale of each column for its levels, ``q^T H w / q^T H q``."""
-    xp = arrays.namespace(q)
-    over, under = _joined(xp.sum(q * hw, axis=1), parts), _joined(_quadratic(curvature, q), parts)
-    fits = (under > 0) & (over > 0)
-    return xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), scale)
-
-
 def _nearest(x: Array, half: float) -> Array:
     xp = arrays.namespace(x)
-    return xp.clip(xp.round(x + half), 0.0, 2 * half) - half
+    low, high = _bounds(x, half)
+    return xp.minimum(xp.maximum(xp.round(x + half), low), high) - half
 
 
 def _times(curvature: Curvature, x: Array) -> Array:
     return x if curvature.plain else curvature.moment @ x
-
-
-def _quadratic(curvature: Curvature, x: Array) -> Array:
-    """Return ``x^T H x`` of each column, (stack, columns)."""
-    xp = arrays.namespace(x)
-    return xp.sum(x * _times(curvature, x), axis=1)
 
 
 def _joined(x: Array, parts: int, how: Any = None) -> Array:
@@ -312,4 +406,6 @@ def take(x: Array, order: Array, axis: int = 0) -> Array:
     """Permute the rows (or columns) of each matrix of a stack."""
     xp = arrays.namespace(x)
     last = order.shape[0] - 1
+    if x.shape[0] == 1:  # large ones are
+        return xp.take(x, order[0, :], axis=axis + 1)
     return xp.stack([xp.take(x[b, ...], order[min(b, last), :], axis=axis) for b in range(x.shape[0])])

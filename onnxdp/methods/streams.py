@@ -214,7 +214,7 @@ def _stream(build: Builder, alphabet: Alphabet, digits: Array) -> tuple[ir.Value
 def _entries(
     build: Builder, alphabet: Alphabet, packed: Packing, words: Array, size: int, name: str
 ) -> tuple[ir.Value, int]:
-    """Draw the entries of a table that words name, int8, one after the other; and how many numbers too many."""
+    """Draw the entries of a table that words name, int8, in a row; and by how many numbers too many."""
     levels, dim = alphabet
     if packed.digits > 1 and build.opset < 10:  # without Mod
         words, packed = packed.unpack(words, size // dim), Packing(levels, "uint8", 1)

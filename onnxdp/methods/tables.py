@@ -68,6 +68,11 @@ def coarseness(alphabet: Alphabet) -> float:
     return float(_stored()[f"{alphabet.levels}x{alphabet.dim} error"])
 
 
+def table_of(params: Params) -> Alphabet | None:
+    """Return the table that a candidate's parameters name, if they name one."""
+    return Alphabet.of(params) if "dim" in params else None
+
+
 @cache
 def _stored() -> dict[str, Array]:
     with np.load(Path(__file__).with_suffix(".npz"), allow_pickle=False) as held:

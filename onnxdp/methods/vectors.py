@@ -16,8 +16,12 @@ from onnxdp.methods.rounding import Curvature, Rounded, take
 
 _BLOCK = 48
 """Rows after which the rest is told by one matrix product; whole vectors of 2, 3 and 4."""
-_TRIES = (1.15, 1.0, 1.3)
-"""Steps to try, over the one that gives entries and weights the same size."""
+_TRIES = (1.0, 0.88, 1.14)
+"""Steps to try, over the one that is best without feedback."""
+_FACTORS = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.4, 1.6)
+"""Steps looked at without feedback, over the one that gives entries and weights the same size."""
+_LOOKED = 2048
+"""Vectors, about, that are looked at."""
 
 
 def round_vectors(
@@ -45,8 +49,7 @@ def round_vectors(
     dim = entries.shape[1]
     w = take(w, curvature.order)[0, ...]
     h, feedback, pivots = curvature.moment[0, ...], curvature.feedback[0, ...], curvature.pivots[0, ...]
-    first = xp.sqrt(xp.mean(w * w, axis=0) / xp.mean(entries * entries))
-    first = xp.where(first > 0, first, xp.ones_like(first))
+    first = _first_step(w, entries)
     hw = h @ w
     least = xp.full_like(first, float("inf"))
     scale, numbers = first, xp.zeros((w.shape[0] // dim, w.shape[1]), dtype=xp.int64)
@@ -69,6 +72,23 @@ def round_vectors(
     runs = curvature.order[:, ::dim] // dim
     digits = take(xp.astype(numbers, xp.uint8)[None, ...], xp.argsort(runs, axis=-1))
     return Rounded(digits, scale[None, ...], error[None, ...], energy[None, ...])
+
+
+def _first_step(w: Array, entries: Array) -> Array:
+    """Return a step for each column: as its size says, times what is best for all of them, plain."""
+    xp = arrays.namespace(w)
+    dim = entries.shape[1]
+    first = xp.sqrt(xp.mean(w * w, axis=0) / xp.mean(entries * entries))
+    first = xp.where(first > 0, first, xp.ones_like(first))
+    stride = max(1, w.shape[0] // dim * w.shape[1] // _LOOKED)
+    runs = xp.reshape(w / first, (w.shape[0] // dim, dim, w.shape[1]))
+    runs = xp.reshape(xp.permute_dims(runs, (1, 0, 2)), (dim, -1))[:, ::stride]
+    unit = xp.astype(arrays.eye(dim, w), w.dtype)
+    lost = []
+    for factor in _FACTORS:
+        chosen = xp.take(entries, _nearest(runs / factor, unit, entries), axis=0)
+        lost.append(float(xp.sum((runs - factor * xp.matrix_transpose(chosen)) ** 2)))
+    return first * _FACTORS[lost.index(min(lost))]
 
 
 def _feedback(w: Array, feedback: Array, pivots: Array, entries: Array) -> Array:

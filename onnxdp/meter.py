@@ -1,0 +1,123 @@
+"""What changed weights do to the network's outputs, measured on probes that no weight was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from onnxdp.network import Changes, Network, before_softmax
+from onnxdp.pieces import Stream, Tail
+from onnxdp.probes import Probes
+from onnxdp.records import Array
+
+_ROUNDING = 64 * float(np.finfo(np.float32).eps)
+"""Relative error that is no damage: pieces round otherwise than the whole."""
+
+
+class Meter:
+    """Measures what changed weights do to the network's outputs on held-out probes.
+
+    The outputs are looked at before a closing Softmax; what all samples have in common does not count as
+    signal (prototype.md section 4: normalised by the variance between pictures).
+    """
+
+    def __init__(self, network: Network, probes: Probes) -> None:
+        self.network = network
+        self._probes = probes
+        self.watched = before_softmax(network.proto.graph)
+        self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
+        self._session = network.session(self._all)
+        self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
+        self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
+        self._size = {n: float(sum(np.square(b[n]).sum() for b in self._base)) for n in self._floating()}
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of tensors and sessions; what is asked next makes them again."""
+        self._stream = Stream(self.network, self._probes)
+        self._tail = Tail(self.network, self.watched, self.network.fed)
+
+    def together(self, changes: Changes) -> tuple[float, float]:
+        """Return (damage, relative output error) of all changes at once.
+
+        Damage is the squared error of the watched outputs over their variance between samples, the mean of
+        all outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs as they are.
+        """
+        got = [
+            self._clean(self.network.run(self._session, f, self._all, changes)) for f in self._probes.feeds
+        ]
+        return self._compare(got)
+
+    def alone(self, weight: str, changes: Changes) -> float:
+        """Return the damage of changes to one weight, running only what comes after it."""
+        return self._changed_at(self._stream, self._tail, {}, weight, changes)
+
+    def undone(self, groups: Sequence[Sequence[str]], changes: Changes) -> list[float]:
+        """Return the damage of all changes but those to one group of inputs, for each group in turn.
+
+        A group starts with a weight: only what comes after the first node that reads it is run again.
+        """
+        stream = Stream(self.network, self._probes)
+        tail = Tail(self.network, self.watched, {**self.network.fed, **changes})
+        order = sorted(range(len(groups)), key=lambda k: self.network.position(groups[k][0]))
+        found = [0.0] * len(groups)
+        for k in order:
+            without = {n: self.network.fed[n] for n in groups[k] if n in changes}
+            found[k] = self._changed_at(stream, tail, changes, groups[k][0], without)
+        return found
+
+    def _changed_at(
+        self, stream: Stream, tail: Tail, before: Changes, weight: str, changes: Changes
+    ) -> float:
+        """Return the damage of a tail's weights with changes to one of them, those before it as given."""
+        place = self.network.position(weight)
+        stream.advance(place, before)
+        return self._compare(
+            [
+                self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
+                for number, feed in enumerate(self._probes.feeds)
+            ]
+        )[0]
+
+    def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            n: np.nan_to_num(a.astype(np.float64), posinf=1e30, neginf=-1e30) if a.dtype.kind == "f" else a
+            for n, a in outputs.items()
+        }
+
+    def _floating(self) -> Iterator[str]:
+        for name in self._all:
+            if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
+                yield name
+
+    def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
+        damages, errors = [0.0], [0.0]
+        for name in self._floating():
+            if name not in got[0]:
+                continue
+            apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
+            if name in self.watched:
+                lost = apart if apart > _ROUNDING**2 * self._size[name] else 0.0
+                damages.append(lost / (self._power[name] or 1.0))
+            if name in self.network.outputs:
+                errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
+        return sum(damages) / max(1, len(damages) - 1), max(errors)
+
+
+def _squares(a: Array, b: Array) -> float:
+    """Sum the squared differences; outputs of different shapes (which values may decide) count whole."""
+    if a.shape != b.shape:
+        return float(np.square(b).sum() + np.square(a).sum())
+    return float(np.square(a - b).sum())
+
+
+def _variance(stacked: Array, probes: Probes) -> float:
+    """Sum of squares about the mean over samples; about zero where there is one sample only."""
+    rows = (
+        stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
+    )
+    if len(rows) < 2:
+        return float(np.square(rows).sum())
+    centred = float(np.square(rows - rows.mean(axis=0)).sum())
+    return centred or float(np.square(rows).sum())
