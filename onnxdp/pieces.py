@@ -75,11 +75,13 @@ class Stream:
         for number in range(self.feeds):
             self._held[number] = dict(self.state(number))
         self._start, self._ahead = place, None
-        arrays.trim()
 
     def state(self, feed: int) -> Mapping[str, Array]:
         """Return the tensors of one feed that are alive here; all of one, then all of another."""
         if self._latest[0] != feed:
+            if self._ahead:
+                self._latest = (-1, {})  # large: not held beside the next
+                arrays.trim()
             held = self._held[feed]
             made = self._ahead.run({**self._given[feed], **held}) if self._ahead else {}
             self._latest = feed, {n: held[n] if n in held else made[n] for n in self._alive}

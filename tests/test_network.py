@@ -86,3 +86,39 @@ def test_a_stream_carries_the_tensors_of_a_whole_run(parts):
     stream.advance(places[0], {})  # backwards: from the start again
     for name in network.alive(places[0]):
         assert stream.tensor(0, name) is not None
+
+
+def test_what_a_stream_cannot_hold_it_makes_again(parts):
+    _, found, network, made = parts
+    places = sorted({network.position(w.name) for w in found.weights if w.name in network.fed})
+    changes = {n: a * np.float32(0.9) for n, a in network.fed.items() if a.dtype.kind == "f"}
+    held, small = Stream(network, made), Stream(network, made, cap=0)
+    for place in places:
+        held.advance(place, changes)
+        small.advance(place, changes)
+        for number in range(held.feeds):
+            want, got = held.state(number), small.state(number)
+            assert want.keys() == got.keys() == set(network.alive(place))
+            for name in want:
+                if want[name].dtype.kind == "f":
+                    assert close(got[name], want[name])
+
+
+def test_undoing_all_but_one_change_leaves_what_that_one_does(parts):
+    _, found, network, made = parts
+    meter = Meter(network, made)
+    names = [w.name for w in found.weights if w.name in network.fed]
+    changes = {n: network.fed[n] * np.float32(0.9) for n in (names[0], names[-1])}
+    undone = meter.undone([[n] for n in changes], changes)
+    meter.rest()
+    for left, rest in zip(reversed(changes), undone, strict=True):
+        assert rest == pytest.approx(meter.together({left: changes[left]})[0], rel=0.01)
+
+
+def test_weights_are_constants_of_a_piece_where_they_are_few_enough(parts, monkeypatch):
+    _, _, network, made = parts
+    given = {i.name for i in network.segment(0, None, {}, network.outputs, network.fed).get_inputs()}
+    assert given == set(made.feeds[0])
+    monkeypatch.setattr(network, "_laid_out", False)
+    given = {i.name for i in network.segment(0, None, {}, network.outputs, network.fed).get_inputs()}
+    assert given > set(made.feeds[0])

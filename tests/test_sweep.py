@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import onnxdp
-from onnxdp import network, records, show, stats
+from onnxdp import records, show, stats
 from onnxdp.errors import TargetError, UsageError
+from onnxdp.meter import Meter
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits.onnx"
 RATIOS = (16.0, 3.0, 1000.0)  # of 2, 5 and what is left to each number: all three kinds of scan
@@ -23,7 +24,7 @@ def counts():
 
 @pytest.fixture(scope="module")
 def swept(counts):
-    gather, meter, alone = stats.gather, network.Meter.__init__, network.Meter.alone
+    gather, meter, alone = stats.gather, Meter.__init__, Meter.alone
 
     def gathered(stream, found, members, *rest, **options):
         counts["gathered"].append({w.name for w in members})
@@ -36,8 +37,8 @@ def swept(counts):
     heard = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "gather", gathered)
-        patch.setattr(network.Meter, "__init__", lambda *a: counts["meters"].append(a) or meter(*a))
-        patch.setattr(network.Meter, "alone", measured)
+        patch.setattr(Meter, "__init__", lambda *a: counts["meters"].append(a) or meter(*a))
+        patch.setattr(Meter, "alone", measured)
         found = onnxdp.sweep(DIGITS, RATIOS, progress=lambda *a: heard.append(a), **FEW)
     assert {f"{r:g}x: refitting weights" for r in RATIOS if r < 100} < {stage for stage, *_ in heard}
     return found
