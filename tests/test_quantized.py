@@ -359,7 +359,7 @@ def made(tmp_path_factory):
     """Give the text of a plan that rounds all three weights, made once."""
     folder = tmp_path_factory.mktemp("plan")
     save(conv(), folder / "in.onnx")
-    done = onnxdp("plan", folder / "in.onnx", "-o", folder / "p.json", "--ratio", "8", "--samples", "8")
+    done = onnxdp("plan", folder / "in.onnx", "-o", folder / "p.json", "--ratio", "10", "--samples", "8")
     assert done.exit_code == 0, done.stderr
     return (folder / "p.json").read_text()
 
@@ -382,7 +382,7 @@ def edited(plan, **params):
 
 
 def test_apply_gives_the_bytes_of_compress(plan):
-    assert onnxdp("compress", "in.onnx", "direct.onnx", "--ratio", "8", "--samples", "8").exit_code == 0
+    assert onnxdp("compress", "in.onnx", "direct.onnx", "--ratio", "10", "--samples", "8").exit_code == 0
     assert onnxdp("apply", "in.onnx", "p.json", "planned.onnx").exit_code == 0
     assert Path("direct.onnx").read_bytes() == Path("planned.onnx").read_bytes()
     dry = onnxdp("apply", "in.onnx", "p.json", "--dry-run", "--json")
