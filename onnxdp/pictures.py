@@ -1,20 +1,25 @@
-"""Textured dead leaves: made-up pictures with the statistics of natural ones.
+"""Made-up pictures with the statistics of natural ones: things in front of textured dead leaves.
 
 Leaves (discs, rectangles, polygons) of sizes ``p(s) ~ s^-3`` cover each other and a background.
-That alone gives edges at all scales, occlusion and a power spectrum near ``1 / f^2``, which is what a
-convolutional network answers to. A leaf is filled with one colour of the picture's palette and shaded,
-striped, chequered or noisy; colours are mostly grey.
+That alone gives edges at all scales, occlusion and a power spectrum near ``1 / f^2``, which is what the
+first layers of a convolutional network answer to. A leaf is filled with one colour of the picture's palette
+and shaded, striped, chequered or noisy; colours are mostly grey; the whole is bent, so that outlines curve.
+
+What the last layers answer to lies in things: up to three with a curved, often symmetric outline, shaded as
+if round, with a texture that follows their form, before a background that may be out of focus. Pictures
+would still be too alike: some layers are patterns, random small networks of the position, instead of leaves.
 
 References
 ----------
 Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 41 (2001).
 Baradad et al., "Learning to see by looking at noise", NeurIPS 2021.
+Stanley, "Compositional pattern producing networks", Genetic Programming and Evolvable Machines 8 (2007).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -26,9 +31,17 @@ _DETAIL = 56
 """The smallest leaf has a radius of the picture's side over this (at least 3 drawn pixels)."""
 _COVER = 2.2
 """Drawn area of all leaves over the picture's: exp(-2.2) = 11 % shows the backmost layer, one large leaf."""
+_BEND = 0.05
+"""About how far a leaf's outline is moved, over the picture's side."""
+_PATTERNS = 0.4
+"""Share of the layers that are patterns."""
+_THINGS = (0, 1, 1, 2, 3)
+"""How many things there may be, one as likely as the other."""
+_UNITS = 8
+"""Units of each layer of a pattern's network: equally many sines, sigmoids, folds and ramps."""
 
 
-def leaves(indices: Iterable[int], channels: int, height: int, width: int, seed: int) -> Array:
+def draw(indices: Iterable[int], channels: int, height: int, width: int, seed: int) -> Array:
     """Draw pictures; picture ``i`` depends on ``(seed, i)`` alone.
 
     Parameters
@@ -55,8 +68,7 @@ def leaves(indices: Iterable[int], channels: int, height: int, width: int, seed:
 def _picture(rng: np.random.Generator, channels: int, height: int, width: int) -> Array:
     """One picture, uint8 of shape (channels, height, width)."""
     zoom = 2 if min(height, width) <= _SUPERSAMPLED else 1
-    label, centres, radii = _label_map(rng, zoom * height, zoom * width)
-    x = _fill(rng, label, centres, radii, zoom, channels)
+    x = _scene(rng, channels, zoom * height, zoom * width, zoom)
     if zoom == 2:
         x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
     # One light pass stands in for antialiasing where nothing was supersampled; the rest is the lens.
@@ -66,6 +78,129 @@ def _picture(rng: np.random.Generator, channels: int, height: int, width: int) -
     x = x * (contrast / max(float(x.std()), 1e-3))
     x += 118.0 + rng.normal(0.0, 12.0) - float(x.mean())
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+
+def _scene(rng: np.random.Generator, channels: int, height: int, width: int, zoom: int) -> Array:
+    """Things in front of a background; float32 of shape (channels, height, width), any scale."""
+
+    def layer() -> Array:
+        if rng.random() < _PATTERNS:
+            x = _pattern(rng, channels, height, width)
+        else:
+            x = _bent(rng, _fill(rng, *_label_map(rng, height, width), zoom, channels))
+        return np.asarray(x / max(float(x.std()), 1e-3), np.float32)
+
+    x = layer()
+    things = int(rng.choice(_THINGS))
+    if things:  # the background may be out of focus
+        for _ in range(int(rng.uniform(0, 10) * math.sqrt(height * width) / 224)):
+            x = _smooth(_smooth(x, 1), 2)
+    for _ in range(things):
+        _put_thing(rng, x, layer)
+    return x
+
+
+def _bent(rng: np.random.Generator, x: Array) -> Array:
+    """Move every pixel a little, neighbours alike; (channels, height, width)."""
+    _, height, width = x.shape
+    reach = _BEND * math.sqrt(height * width) * math.exp(rng.normal(0.0, 0.5))
+    scales = ((3, 1.0), (7, 0.4), (16, 0.12))
+    moved = np.sum([reach * share * _waves(rng, 2, height, width, cells) for cells, share in scales], 0)
+    rows = np.rint(np.arange(height)[:, None] + moved[0]).clip(0, height - 1).astype(np.intp)
+    columns = np.rint(np.arange(width) + moved[1]).clip(0, width - 1).astype(np.intp)
+    return np.asarray(x[:, rows, columns])
+
+
+def _waves(rng: np.random.Generator, count: int, height: int, width: int, cells: int) -> Array:
+    """Smooth noise, deviation about 1: cubic B-splines over ``cells`` squared, (count, height, width)."""
+    made = rng.standard_normal((count, cells + 3, cells + 3), dtype=np.float32)
+    for axis, size in ((1, height), (2, width)):
+        at = np.arange(size, dtype=np.float32) * np.float32(cells / size)
+        cell = np.minimum(at.astype(np.intp), cells - 1)
+        f = at - cell
+        weights = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3)
+        spread = np.zeros((size, cells + 3), np.float32)
+        for k, weight in enumerate(weights):
+            spread[np.arange(size), cell + k] = weight / 6
+        made = np.moveaxis(np.tensordot(made, spread, (axis, 1)), -1, axis)
+    return np.asarray(1.6 * made)
+
+
+def _pattern(rng: np.random.Generator, channels: int, height: int, width: int) -> Array:
+    """Let a small random network loose on the position and smooth noise; (channels, height, width)."""
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None].repeat(width, 1)
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None].repeat(height, 0)
+    if rng.random() < 0.4:
+        x = np.abs(x)  # mirrored
+    place = np.stack([x, y, np.hypot(x, y)])
+    noise = 0.5 * _waves(rng, 3, height, width, int(rng.integers(3, 12)))
+    first = np.concatenate([place, noise]).reshape(6, -1)
+    z, quarter = first, _UNITS // 4
+    for _ in range(int(rng.integers(2, 5))):
+        matrix = rng.normal(0.0, rng.uniform(0.5, 2.5), (_UNITS, len(z))).astype(np.float32)
+        a = matrix @ z + rng.standard_normal((_UNITS, 1), dtype=np.float32)
+        sines, sigmoids, folds, ramps = (a[k : k + quarter] for k in range(0, _UNITS, quarter))
+        np.sin(3 * sines, out=sines)
+        np.tanh(sigmoids, out=sigmoids)
+        np.subtract(np.abs(folds), 1, out=folds)
+        np.clip(ramps, -1, 1, out=ramps)
+        z = np.concatenate([a, first[:3]])
+    out = (rng.normal(size=(1, _UNITS)) + rng.normal(0.0, 0.35, (channels, _UNITS))).astype(np.float32)
+    made = (out @ z[:_UNITS]).reshape(channels, height, width)
+    grain = 0.1 * float(made.std())
+    return np.asarray(made + grain * rng.standard_normal((1, height, width), dtype=np.float32))
+
+
+def _put_thing(rng: np.random.Generator, x: Array, layer: Callable[[], Array]) -> None:
+    """Draw a thing into (channels, height, width), in place."""
+    channels, height, width = x.shape
+    side = math.sqrt(height * width)
+    size, longer = side * rng.uniform(0.16, 0.45), math.exp(rng.normal(0.0, 0.5))
+    cy, cx = ((0.5 + rng.normal(0.0, 0.16, 2)) * (height, width)).tolist()  # float64 would spread
+    angle = rng.random() * math.tau
+    dy, dx = np.arange(height, dtype=np.float32)[:, None] - cy, np.arange(width, dtype=np.float32) - cx
+    along, across = dx * math.cos(angle) + dy * math.sin(angle), dy * math.cos(angle) - dx * math.sin(angle)
+    if rng.random() < 0.6:
+        across = np.abs(across)  # both sides alike
+    radius = np.hypot(along / longer, across * longer)
+    depth = radius / (size * _outline(rng, np.arctan2(across * longer, along / longer)))
+    inside = ((1 - depth) * (size / 1.5)).clip(0, 1)
+    body = _skin(rng, side, along, across, radius, layer, channels)
+    light = rng.normal(0.0, 0.7 / size, 2).tolist()
+    body = body + (1.2 * np.sqrt((1 - depth**2).clip(0, 1)) - 0.72 + light[0] * along + light[1] * across)
+    x += (body - x) * inside
+
+
+def _outline(rng: np.random.Generator, direction: Array) -> Array:
+    """How far a thing reaches into each direction (radians), about 1: a random Fourier series."""
+    k = np.arange(2, 9)[:, None]
+    size, phase = rng.normal(0.0, 0.5, k.shape) / k, rng.random(k.shape) * math.tau
+    turn = np.linspace(-math.pi, math.pi, 361)
+    reach = np.maximum(1 + (size * np.sin(k * turn + phase)).sum(0), 0.05).astype(np.float32)
+    return np.asarray(reach[np.rint((direction + math.pi) * (360 / math.tau)).astype(np.intp)])
+
+
+def _skin(
+    rng: np.random.Generator,
+    side: float,
+    along: Array,
+    across: Array,
+    radius: Array,
+    layer: Callable[[], Array],
+    channels: int,
+) -> Array:
+    """Colour and texture of a thing: stripes, rings, checks or another layer; (channels, height, width)."""
+    colour = rng.normal(0.0, 0.35, (channels, 1, 1)) + rng.normal()
+    strength = rng.normal(0.0, 0.3, (channels, 1, 1)) + rng.normal(0.0, 0.8)
+    kind = int(rng.integers(0, 4))
+    if kind == 3:
+        return np.asarray(0.7 * layer() + colour.astype(np.float32))
+    frequency = math.tau / math.exp(rng.uniform(math.log(4), math.log(max(5.0, side / 4.5))))
+    wobble = _waves(rng, 1, along.shape[0], along.shape[1], int(rng.integers(4, 20)))[0]
+    texture = np.sin((radius if kind == 1 else along) * frequency + 2 * wobble)
+    if kind == 2:
+        texture = np.sign(texture * np.sin(across * frequency + wobble))
+    return np.asarray(strength.astype(np.float32) * texture + colour.astype(np.float32))
 
 
 def _label_map(rng: np.random.Generator, height: int, width: int) -> tuple[Array, Array, Array]:

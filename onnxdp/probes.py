@@ -1,7 +1,7 @@
 """Inputs that nobody has to bring, made up from names, shapes and a seed; or read from the user's file.
 
-Pictures are textured dead leaves (:mod:`onnxdp.pictures`), ids are uniform in their vocabulary, masks are
-ones, recurrent states zeros, everything else standard normal.
+Pictures are things before textured dead leaves (:mod:`onnxdp.pictures`), ids are uniform in their vocabulary,
+masks are ones, recurrent states zeros, everything else standard normal.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ def _gallery(
 
     def raw(i: int) -> Array:
         if i not in drawn:
-            drawn[i] = pictures.leaves([i], c, h, w, seed)
+            drawn[i] = pictures.draw([i], c, h, w, seed)
         return drawn[i]
 
     mean, deviation = np.zeros(c), np.ones(c)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnxdp import calibration, model, normalisation, preparation, probes, weights
 from onnxdp.errors import SetupError, UsageError
 from onnxdp.network import Network
-from onnxdp.pictures import leaves
+from onnxdp.pictures import draw
 from onnxdp.probes import InputSpec, Probes
 from onnxdp.ranges import CENTRED, RANGES, STANDARDISED, Range, by_answers, by_statistics
 from onnxdp.records import Array
@@ -29,7 +29,7 @@ SHARED = Path(os.environ.get("ONNXDP_SHARED", Path(__file__).parents[2] / "share
 F32 = np.float32
 EPS = float(np.finfo(F32).eps)
 PICTURE = InputSpec("x", "float32", ("batch", 3, 32, 32))
-PIXELS = leaves(range(6), 3, 32, 32, 7).transpose(0, 2, 3, 1)
+PIXELS = draw(range(6), 3, 32, 32, 7).transpose(0, 2, 3, 1)
 
 
 def whole(found: Probes, name: str = "x") -> Array:

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 from onnxdp.answers import diversity, pick
 from onnxdp.errors import UsageError
-from onnxdp.pictures import leaves
+from onnxdp.pictures import draw
 from onnxdp.probes import InputSpec, Probes, load, make
 from onnxdp.ranges import CENTRED, STANDARDISED, Range
 from onnxdp.records import Array
@@ -125,10 +125,10 @@ def test_another_seed_gives_other_inputs() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture_i_depends_on_seed_and_i_alone(channels: int) -> None:
-    many = leaves(range(6), channels, 20, 33, 5)
+    many = draw(range(6), channels, 20, 33, 5)
     assert many.shape == (6, channels, 20, 33) and many.dtype == np.uint8
-    assert np.array_equal(many[[4, 1]], leaves([4, 1], channels, 20, 33, 5))
-    assert not np.array_equal(many[:1], leaves([0], channels, 20, 33, 6))
+    assert np.array_equal(many[[4, 1]], draw([4, 1], channels, 20, 33, 5))
+    assert not np.array_equal(many[:1], draw([0], channels, 20, 33, 6))
 
 
 @pytest.mark.parametrize("spec", [PICTURE, IDS])
@@ -165,7 +165,7 @@ def test_uint8_pictures_use_the_range() -> None:
 @pytest.mark.parametrize("side", [32, 224])
 def test_power_falls_as_in_natural_pictures(side: int) -> None:
     """Natural pictures have power near f^-2 (-1.5 to -3.5 each); white noise has 0, a blurred blob < -4."""
-    x = leaves(range(200 if side == 32 else 24), 1, side, side, 0)[:, 0].astype(np.float64)
+    x = draw(range(200 if side == 32 else 24), 1, side, side, 0)[:, 0].astype(np.float64)
     window = np.hanning(side)[:, None] * np.hanning(side)
     power = (np.abs(np.fft.fft2((x - x.mean((1, 2), keepdims=True)) * window)) ** 2).mean(0)
     f = np.fft.fftfreq(side)
@@ -177,7 +177,7 @@ def test_power_falls_as_in_natural_pictures(side: int) -> None:
 
 
 def test_most_pictures_are_mostly_grey() -> None:
-    x = leaves(range(60), 3, 32, 32, 0).astype(np.float64)
+    x = draw(range(60), 3, 32, 32, 0).astype(np.float64)
     grey = x.mean(1, keepdims=True)
     colour = ((x - grey) ** 2).mean((1, 2, 3)) / x.var((1, 2, 3))
     assert np.median(colour) < 0.2 and colour.max() > 0.02
