@@ -1,8 +1,8 @@
-"""Find the channels that can be taken out of a network: who makes them, what passes them on, who reads them.
+"""Find the channels that can be taken out of a network: who makes, passes on and reads them.
 
-A chain starts at a weight whose outputs can go, runs through operators that treat every channel by itself, and
-ends at weights whose inputs can go. Whatever is not understood on the way (a residual join, a graph output,
-a constant that may not be touched) leaves the whole chain as it is.
+A chain starts at a weight whose outputs can go, runs through operators that treat every channel by itself,
+and ends at weights whose inputs can go. Whatever is not understood on the way (a residual join, a graph
+output, a constant that may not be touched) leaves the whole chain as it is.
 """
 
 from __future__ import annotations
@@ -22,19 +22,67 @@ Shapes = Mapping[str, tuple[int | None, ...]]
 """Shape of every tensor that inference knows, by name; None where a dimension is free."""
 
 _ALONE = frozenset(
-    "Abs Celu Clip Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Mish Neg Relu Selu Sigmoid "
-    "Softplus Softsign Sqrt Swish Tanh ThresholdedRelu".split()
+    (
+        "Abs",
+        "Celu",
+        "Clip",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Mish",
+        "Neg",
+        "Relu",
+        "Selu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+    )
 )
 """Operators that change every number by itself; further inputs hold one number for all."""
-_BESIDE = frozenset("Add Div Max Min Mul PRelu Sub".split())
+_BESIDE = frozenset(
+    (
+        "Add",
+        "Div",
+        "Max",
+        "Min",
+        "Mul",
+        "PRelu",
+        "Sub",
+    )
+)
 """Operators between two tensors: the chain's own, or a constant."""
-_POOLS = frozenset("AveragePool GlobalAveragePool GlobalMaxPool LpPool MaxPool".split())
-_REDUCTIONS = frozenset("ReduceMax ReduceMean ReduceMin ReduceSum".split())
+_POOLS = frozenset(
+    (
+        "AveragePool",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "LpPool",
+        "MaxPool",
+    )
+)
+_REDUCTIONS = frozenset(
+    (
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a chain's channels lie in a tensor: ``repeat`` entries each, from ``offset`` on, along ``axis``."""
+    """Where a chain's channels lie in a tensor: along ``axis`` from ``offset`` on, ``repeat`` entries each."""
 
     axis: int
     rank: int
@@ -44,7 +92,9 @@ class Span:
 
     def places(self, channels: Sequence[int]) -> Array:
         """Return the entries of some channels, (channels, repeat)."""
-        return np.asarray(self.offset + self.repeat * np.asarray(channels, int)[:, None] + np.arange(self.repeat))
+        return np.asarray(
+            self.offset + self.repeat * np.asarray(channels, int)[:, None] + np.arange(self.repeat)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +313,8 @@ class _Walk:
         held = source(value)
         _must(held is not None and not held.is_graph_input() and not held.is_graph_output())
         _must(id(held) not in self._foreign)
-        _must(id(held) not in self._mine or held is value and len(list(held.uses())) == 1)  # type: ignore[union-attr]
+        alone = held is value and len(list(value.uses() if value else ())) == 1
+        _must(alone or id(held) not in self._mine)
         self._chain.cuts.append(Cut(node, index, axis, span))
 
     def _conv(self, node: ir.Node, span: Span) -> None:

@@ -91,9 +91,10 @@ class DropChannels(ir.passes.InPlacePass):
             array[place] -= gone * span.repeat
             _put(node, 1, array, paper)
         for value, span in chain.spans.items():
-            if value is not None and value.shape is not None and isinstance(value.shape[span.axis], int):
+            size = None if value is None or value.shape is None else value.shape[span.axis]
+            if isinstance(size, int) and value is not None and value.shape is not None:
                 dims = list(value.shape)
-                dims[span.axis] = int(dims[span.axis]) - gone * span.repeat
+                dims[span.axis] = size - gone * span.repeat
                 value.shape = ir.Shape(dims)
 
 
