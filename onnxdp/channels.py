@@ -82,7 +82,7 @@ _REDUCTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a chain's channels lie in a tensor: along ``axis`` from ``offset`` on, ``repeat`` entries each."""
+    """Where a chain's channels lie in a tensor: ``repeat`` entries each, along ``axis``."""
 
     axis: int
     rank: int

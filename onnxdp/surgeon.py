@@ -4,8 +4,8 @@ For a weight W that reads x, with H the second moment of x, the least loss of go
 
     min over W' with W'_B = 0 of tr((W - W')^T (H + delta I) (W - W')) = tr(W_B^T (P_BB)^-1 W_B),
 
-where P = (H + delta I)^-1, is that of W' = W - P_:B P_BB^-1 W_B: the other rows are fitted again. P loses B by
-the same step, so that what goes next is weighed with B gone.
+where P = (H + delta I)^-1, is that of W' = W - P_:B P_BB^-1 W_B: the other rows are fitted again. P loses B
+by the same step, so that what goes next is weighed with B gone.
 
 References
 ----------
