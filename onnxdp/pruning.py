@@ -29,7 +29,7 @@ from onnxdp.settings import Progress
 from onnxdp.surgeon import Patient, eliminate
 from onnxdp.weights import MIN_BYTES, Found
 
-LEVELS = (1e-3, 1e-2, 0.1, 0.2, 0.4, 0.7, 1.2)
+LEVELS = (1e-3, 3e-3, 0.006, 0.01, 0.018, 0.03, 0.055, 0.1, 0.18, 0.3)
 """Relative losses of what channels feed, for all of a model's numbers, at which channels go."""
 DAMPING = (0.01, 0.1)
 """delta over the mean diagonal of H: a + b * inputs / rows; made-up probes are not real inputs."""
@@ -49,6 +49,8 @@ class Fit:
     """What weights become without some channels (in their full shape), and what their outputs gain."""
 
     dropped: dict[str, tuple[int, ...]]
+    loss: float = 0.0
+    """Sum of what the readers lose, relative to what each gives."""
     tensors: dict[str, Array] = field(default_factory=dict)
     shifts: dict[str, Array] = field(default_factory=dict)
 
@@ -91,6 +93,7 @@ class Pruner:
         self._seed = seed
         self._progress = progress
         self._weights = {w.name: w for w in found.weights}
+        self._coarse: dict[str, float] = {}
         self.chains = tuple(c for c in chains if all(self._usable(n) for n in _ends([c])))
 
     def candidates(self, levels: Sequence[float] = LEVELS) -> list[Fit]:
@@ -127,6 +130,16 @@ class Pruner:
             fit.tensors |= one.tensors
             fit.shifts |= one.shifts
         return fit
+
+    def coarseness(self) -> float:
+        """Return the relative losses of rounding, as :attr:`Patient.coarse`, in sum over all readers.
+
+        Bits are shared out at best among the readers: each number is worth the same at the margin.
+        """
+        sizes = np.array([self._weights[n].size for n in self._coarse], float)
+        shares = sizes / sizes.sum()
+        losses = np.array(list(self._coarse.values())) / shares
+        return float(np.exp(shares @ np.log(np.maximum(losses, 1e-12))))
 
     def share(self, dropped: Dropped) -> float:
         """Return the share of the weights' numbers that go."""
@@ -197,6 +210,7 @@ class Pruner:
             name: Patient.of(self._matrix(name), moment, damping, self._seats(cluster, name))
             for name, (moment, _, damping) in seen.items()
         }
+        self._coarse |= {name: p.coarse for name, p in patients.items()}
         limits = [self.most(c) for c in cluster]
         for fit, gone in zip(
             fits, eliminate(list(patients.values()), prices, owners, limits, levels), strict=True
@@ -208,7 +222,8 @@ class Pruner:
                     fit.dropped[chain.weight] = tuple(channels.tolist())
             for name, patient in patients.items():
                 w = patient.w.astype(np.float32)
-                fit.tensors[name] = weights.unblocks(self._weights[name], w[None])
+                fit.loss += patient.lost
+                fit.tensors[name] = weights.unblocks(self._weights[name], _brief(w)[None])
                 if self._centred(name):
                     fit.shifts[name] = (seen[name][1] @ (self._matrix(name) - w)).astype(np.float32)
 
@@ -263,6 +278,11 @@ class Pruner:
 
 def _damping(x: Array) -> float:
     return float(DAMPING[0] + DAMPING[1] * min(1.0, x.shape[1] / len(x)))
+
+
+def _brief(w: Array) -> Array:
+    """Return what is enough for a measurement."""
+    return w.astype(np.float16) if np.abs(w).max(initial=0) < 6e4 else w
 
 
 def _ends(chains: Iterable[Chain]) -> set[str]:

@@ -47,6 +47,10 @@ class Patient:
     inverse: Array
     energy: float
     rows: Array
+    coarse: float
+    """Relative loss of rounding W so that what is off has the variance of W, errors fed back."""
+    lost: float = 0.0
+    """Relative loss of what went so far."""
 
     @classmethod
     def of(cls, w: Array, moment: Array, damping: float, rows: Array) -> Patient:
@@ -56,7 +60,9 @@ class Patient:
         energy = float(np.einsum("io,io->", w, moment @ w))
         mean = float(np.trace(moment)) / len(moment)
         moment[np.diag_indices(len(moment))] += damping * (mean or 1.0)
-        return cls(w, np.linalg.inv(moment), energy, rows)
+        steps = np.square(np.diagonal(np.linalg.cholesky(moment)))  # what feedback leaves of each input
+        coarse = float(steps.mean() * np.square(w).sum()) / (energy or 1.0)
+        return cls(w, np.linalg.inv(moment), energy, rows, coarse)
 
     def losses(self) -> Array:
         """Return what each channel loses alone, over the energy, (channels,); 0 where it is not read."""
@@ -83,6 +89,7 @@ class Patient:
         b = self._rows(channels)
         if not len(b):
             return
+        self.lost += self.loss(channels)
         across = self.inverse[:, b]
         both = np.linalg.solve(self.inverse[np.ix_(b, b)], np.concatenate([self.w[b], across.T], axis=1))
         self.w -= across @ both[:, : self.w.shape[1]]

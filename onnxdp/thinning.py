@@ -27,9 +27,9 @@ from onnxdp.weights import Found
 
 MOST_BITS = 5.0
 """Bits that the target leaves each number from which no channel goes unasked."""
-ROUNDING = 0.06
-"""Damage that rounding to two bits does, about; each bit more leaves a quarter."""
-TRUST = 3.0
+ROUNDING = (1.22, 1.75)
+"""Share a 2^(-b bits) of the variance that rounding to few levels leaves of normal numbers: a, b."""
+TRUST = 5.0
 """What the damage of lost channels on made-up probes counts: real inputs may need what those do not show."""
 ERROR_SHARE = 0.05
 """Share of the square of the allowed output error that lost channels may take."""
@@ -47,6 +47,7 @@ class Option:
     share: float
     damage: float
     error: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,16 @@ class Thinner:
             allowed = [o for o in self._options if o.error**2 <= ERROR_SHARE * limit**2]
             best = max(allowed, key=lambda o: o.share)
         else:
-            best = min(self._options, key=lambda o: _foreseen(o, bits))
+            rounding = self._rate() * self._pruner.coarseness()
+            log.info("%.2f bits a number, whose rounding does %.3g", bits, rounding * _left(bits))
+            best = min(self._options, key=lambda o: _foreseen(o, bits, rounding))
         return best.dropped if best.share >= WORTH else {}
+
+    def _rate(self) -> float:
+        """Return the damage at the outputs for each unit of relative loss within, as lost channels do it."""
+        measured = [o for o in self._options or () if o.loss > 0]
+        last = max(measured, key=lambda o: (o.damage < 0.1, o.loss), default=None)
+        return last.damage / last.loss if last is not None else 1.0
 
     def check(self, pruned: Sequence[Pruned]) -> Dropped:
         """Return the channels that a plan names.
@@ -182,23 +191,33 @@ class Thinner:
     def _measured(self) -> list[Option]:
         """Measure what each level does."""
         meter = self._meter()
-        options = [Option({}, 0.0, 0.0, 0.0)]
+        options = [Option({}, 0.0, 0.0, 0.0, 0.0)]
         for fit in self._pruner.candidates():
             if fit.dropped != options[-1].dropped:
                 damage, error = meter.together(fit.changes(self._network, self._found))
                 share = self._pruner.share(fit.dropped)
-                log.info("%d channels less, %.4f of the numbers: damage %.3g", _count(fit), share, damage)
-                options.append(Option(fit.dropped, share, damage, error))
+                log.info(
+                    "%d channels less, %.4f of the numbers: loss %.3g, damage %.3g",
+                    _count(fit),
+                    share,
+                    fit.loss,
+                    damage,
+                )
+                options.append(Option(fit.dropped, share, damage, error, fit.loss))
         return options
 
     def _meter(self) -> Meter:
         return Meter(self._network, self._held_out)
 
 
-def _foreseen(option: Option, bits: float) -> float:
+def _left(bits: float) -> float:
+    return ROUNDING[0] * math.exp2(-ROUNDING[1] * bits)
+
+
+def _foreseen(option: Option, bits: float, rounding: float) -> float:
     """Return the damage of an option once the numbers that are left are rounded to what the target leaves."""
     more = bits / max(1 - option.share, 0.01)
-    return TRUST * option.damage + ROUNDING * math.exp2(2 * (2 - more))
+    return TRUST * option.damage + rounding * _left(more)
 
 
 def _count(fit: Fit) -> int:
