@@ -62,8 +62,10 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     del session
     started, notices = job.started, tuple(job.notices)
     points = []
-    for settings in each:
-        job = job.aimed(settings) if job.suits(settings) else Job.start(source, settings, progress)
+    for number, settings in enumerate(each):
+        if not job.suits(settings):  # it takes other channels out: a network of its own
+            job = Job.start(source, settings, progress, also=each[number + 1 :])
+        job = job.aimed(settings)
         job = replace(job, progress=_for_ratio(progress, settings))
         points.append(_point(job, reference))
         for stage, took in job.seconds.items():
