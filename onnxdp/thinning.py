@@ -29,8 +29,9 @@ MOST_BITS = 5.0
 """Bits that the target leaves each number from which no channel goes unasked."""
 ROUNDING = (1.22, 1.75)
 """Share a 2^(-b bits) of the variance that rounding to few levels leaves of normal numbers: a, b."""
-TRUST = 5.0
-"""What the damage of lost channels on made-up probes counts: real inputs may need what those do not show."""
+TRUST = (20.0, 3.0)
+"""What the damage of lost channels counts, on made-up probes and beside real ones: pictures need channels
+that dead leaves do not show (VGG, 4 to 22 % of the numbers gone: 17 to 23 times the damage; ResNet-20, 13 %: 2.6)."""
 ERROR_SHARE = 0.05
 """Share of the square of the allowed output error that lost channels may take."""
 WORTH = 0.002
@@ -102,6 +103,8 @@ class Thinner:
         mine = chains(found, self._shapes)
         self._pruner = Pruner(network, found, fit, mine, seed=settings.seed, progress=progress)
         self._options: list[Option] | None = None
+        made_up = held_out.seed is not None and not held_out.parts
+        self._trust = TRUST[0] if made_up else TRUST[1]
 
     def wanted(self, settings: Settings, bits: float) -> bool:
         """Whether channels may go: asked for, or the target is so small that it may pay."""
@@ -130,7 +133,7 @@ class Thinner:
         else:
             rounding = self._rate() * self._pruner.coarseness()
             log.info("%.2f bits a number, whose rounding does %.3g", bits, rounding * _left(bits))
-            best = min(self._options, key=lambda o: _foreseen(o, bits, rounding))
+            best = min(self._options, key=lambda o: self._trust * o.damage + rounding * _left(_bits(o, bits)))
         return best.dropped if best.share >= WORTH else {}
 
     def _rate(self) -> float:
@@ -211,13 +214,13 @@ class Thinner:
 
 
 def _left(bits: float) -> float:
+    """Return the share of the variance that rounding leaves."""
     return ROUNDING[0] * math.exp2(-ROUNDING[1] * bits)
 
 
-def _foreseen(option: Option, bits: float, rounding: float) -> float:
-    """Return the damage of an option once the numbers that are left are rounded to what the target leaves."""
-    more = bits / max(1 - option.share, 0.01)
-    return TRUST * option.damage + rounding * _left(more)
+def _bits(option: Option, bits: float) -> float:
+    """Return what the target leaves each number that an option leaves."""
+    return bits / max(1 - option.share, 0.01)
 
 
 def _count(fit: Fit) -> int:
