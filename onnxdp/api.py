@@ -111,7 +111,7 @@ def apply(
     """
     settings = _settings_of(plan, inputs=inputs, device=device)
     with arrays.one_blas_thread():
-        job = Job.start(source, settings, progress)
+        job = Job.start(source, settings, progress, plan=plan)
         job.check(plan)
         return Result(*job.finish(plan, source, target, overwrite=overwrite, dry_run=dry_run))
 

@@ -19,7 +19,7 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import PlanError
 from onnxdp.methods.form import Aimed, Form, Solved, Task
-from onnxdp.network import Network, bias_input
+from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import Item
 from onnxdp.probes import Probes
@@ -216,15 +216,8 @@ class Workshop:
         return changes
 
     def shifted_bias(self, network: Network, name: str, shift: Array) -> dict[str, Array]:
-        """Return the bias that makes the output behind a weight gain ``shift``; none where beta is 0."""
-        key = bias_input(name)
-        node = self.found.readers[name][0].node
-        alpha, beta = (
-            node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta")
-        )
-        if key not in network.fed or not beta:
-            return {}
-        return {key: (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)}
+        """Return the bias that makes the output behind a weight gain ``shift``."""
+        return stats.shifted_bias(network, self.found, name, shift)
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the stored tensor's replacement, float32."""

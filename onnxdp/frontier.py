@@ -57,13 +57,16 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     job = Job.start(source, each[0], progress, also=each[1:])
     seconds = dict(job.seconds)
     path = job.model.path
-    session = runtime.session(path if path is not None else model_file.serialize(job.model))
+    session = runtime.session(path if path is not None else model_file.serialize(job.original))
     reference = Reference.of(session, job.held_out)
     del session
     started, notices = job.started, tuple(job.notices)
     points = []
-    for settings in each:
-        job = replace(job.aimed(settings), progress=_for_ratio(progress, settings))
+    for number, settings in enumerate(each):
+        if not job.suits(settings):  # it takes other channels out: a network of its own
+            job = Job.start(source, settings, progress, also=each[number + 1 :])
+        job = job.aimed(settings)
+        job = replace(job, progress=_for_ratio(progress, settings))
         points.append(_point(job, reference))
         for stage, took in job.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + took

@@ -28,6 +28,7 @@ from onnxdp.network import Network
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
+from onnxdp.pruning import Dropped
 from onnxdp.records import (
     Array,
     Candidate,
@@ -36,12 +37,14 @@ from onnxdp.records import (
     Kept,
     Line,
     Plan,
+    Pruned,
     Report,
     Verification,
     to_plain,
 )
 from onnxdp.refine import refine
 from onnxdp.settings import Progress, Settings
+from onnxdp.thinning import Thinner
 from onnxdp.weights import Found
 
 MIN_GAIN = 0.01
@@ -92,7 +95,10 @@ ENCODING_SETTINGS = (
 class Job:
     """One model on its way through the stages."""
 
+    original: Model
+    """As it was read."""
     model: Model
+    """What is compressed: it may have fewer channels."""
     found: Found
     settings: Settings
     network: Network
@@ -102,6 +108,10 @@ class Job:
     device: str
     progress: Progress
     notices: list[str]
+    thinner: Thinner
+    dropped: Dropped
+    whole: Found
+    """The original's weights."""
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
@@ -111,9 +121,18 @@ class Job:
 
     @classmethod
     def start(
-        cls, source: Any, settings: Settings, progress: Progress, *, also: Sequence[Settings] = ()
+        cls,
+        source: Any,
+        settings: Settings,
+        progress: Progress,
+        *,
+        also: Sequence[Settings] = (),
+        plan: Plan | None = None,
     ) -> Job:
-        """Read, prepare, find, probe and solve; once for the targets of further settings, too."""
+        """Read, prepare, find, probe and solve; once for the targets of further settings, too.
+
+        What channels go a plan says, where there is one.
+        """
         started = time.perf_counter()
         seconds: dict[str, float] = {}
         runtime.onnxruntime()
@@ -122,6 +141,10 @@ class Job:
         progress("reading", 0, 1, "")
         with _clock(seconds, "reading"):
             model = model_file.read(source)
+            if plan is not None and plan.model_sha256 != model.sha256:
+                raise PlanError(
+                    "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
+                )
             notices = preparation.prepare(model, settings)
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)
             if not found.weights:
@@ -136,11 +159,21 @@ class Job:
             found, made = preparation.probed(network, found, settings, many=sequential)
             fit, held_out = made.split(FIT_SHARE)
             del made  # large
-        bits, *more = (_bits_left(model, found, s) for s in (settings, *also))
+        original, whole = model, found
+        with _clock(seconds, "pruning"):
+            thinner = Thinner(model, found, network, fit, held_out, settings, progress)
+            bits = _bits_left(model, whole, found, settings)
+            dropped = thinner.check(plan.pruned) if plan is not None else thinner.choose(settings, bits)
+            if dropped:
+                thinned = thinner.thinned(dropped, settings)
+                model, found, network = thinned.model, thinned.found, thinned.network
+                notices.append(thinned.notice)
+        bits, *more = (_bits_left(original, whole, found, s) for s in (settings, *also))
         workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
         with _clock(seconds, "solving"):
             workshop.solve(network, fit, progress)
         return cls(
+            original,
             model,
             found,
             settings,
@@ -151,16 +184,24 @@ class Job:
             device,
             progress,
             notices,
+            thinner,
+            dropped,
+            whole,
             seconds,
             started,
         )
+
+    def suits(self, settings: Settings) -> bool:
+        """Whether the same channels go under another target."""
+        bits = _bits_left(self.original, self.whole, self.whole, settings)
+        return self.thinner.choose(settings, bits) == self.dropped
 
     def aimed(self, settings: Settings) -> Job:
         """Return the job turned to another target, one of those it was started for.
 
         What was read, probed, solved and measured is shared; the job itself is not to be asked any more.
         """
-        self.workshop.aim(_bits_left(self.model, self.found, settings))
+        self.workshop.aim(_bits_left(self.original, self.whole, self.found, settings))
         return replace(
             self,
             settings=settings,
@@ -228,6 +269,7 @@ class Job:
             settings,
             tuple(candidates),
             (*kept, *self.found.kept),
+            pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
         )
 
     def _file_error(self, search: Search, limit: float) -> Callable[[list[Encoded], dict[str, Array]], float]:
@@ -237,7 +279,7 @@ class Job:
         """
         if self.model.nbytes > LARGE:
             return lambda encoded, shifts: search.measured(encoded, shifts)[1]
-        reference = verifier.Reference.of(runtime.session(model_file.serialize(self.model)), self.held_out)
+        reference = verifier.Reference.of(runtime.session(model_file.serialize(self.original)), self.held_out)
 
         def measure(encoded: list[Encoded], shifts: dict[str, Array]) -> float:
             made = model_file.serialize(self._rewritten(encoded, shifts))
@@ -259,10 +301,6 @@ class Job:
 
     def check(self, made: Plan) -> None:
         """Refuse a plan of another model, or one that names what does not exist."""
-        if made.model_sha256 != self.model.sha256:
-            raise PlanError(
-                "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
-            )
         if not made.choices:
             raise TargetError(
                 "Nothing to gain: the plan changes no weight; write it again with 'onnxdp plan'."
@@ -479,7 +517,7 @@ class Job:
     def _verified(self, given: Path | None, at: Path) -> tuple[Verification, float | None]:
         """Check the written file against the original, before it takes its name."""
         verifier.check_file(at)
-        original = runtime.session(given if given is not None else model_file.serialize(self.model))
+        original = runtime.session(given if given is not None else model_file.serialize(self.original))
         reference = verifier.Reference.of(original, self.held_out)
         if self.model.nbytes > LARGE:
             original = None
@@ -540,12 +578,13 @@ class Job:
         arrays_of = {e.weight: e for e in encoded}
         choices = {c.weight: c for c in made.choices}
         reasons = {k.weight: k.reason for k in made.kept}
+        before = {w.name: w.nbytes for w in self.whole.weights}
         lines = []
         for w in self.found.weights:
             c = choices.get(w.name)
             if c is None:
                 reason = reasons.get(w.name, "is not in the plan")
-                lines.append(Line(w.name, w.op, w.shape, "", {}, w.nbytes, w.nbytes, 0.0, None, reason))
+                lines.append(Line(w.name, w.op, w.shape, "", {}, before[w.name], w.nbytes, 0.0, None, reason))
                 continue
             stored = arrays_of[w.name]
             after = sum(
@@ -553,7 +592,7 @@ class Job:
             )
             error = stored.error
             lines.append(
-                Line(w.name, w.op, w.shape, c.method, c.params, w.nbytes, after, error, c.damage, "")
+                Line(w.name, w.op, w.shape, c.method, c.params, before[w.name], after, error, c.damage, "")
             )
         lines += [
             Line(k.weight, "", (), "", {}, k.nbytes, k.nbytes, 0.0, None, k.reason) for k in self.found.kept
@@ -561,12 +600,12 @@ class Job:
         return tuple(lines)
 
 
-def _bits_left(model: Model, found: Found, settings: Settings) -> float:
+def _bits_left(original: Model, whole: Found, found: Found, settings: Settings) -> float:
     """Return about the bits that the target leaves each number of the weights; 16 where it does not say."""
-    budget = settings.budget(model.nbytes)
+    budget = settings.budget(original.nbytes)
     if budget is None:
         return 16.0
-    left = budget - KEPT * (model.nbytes - sum(w.nbytes for w in found.weights))
+    left = budget - KEPT * (original.nbytes - sum(w.nbytes for w in whole.weights))
     return float(np.clip(8 * left / max(sum(w.size for w in found.weights), 1), 0.5, 16.0))
 
 

@@ -115,6 +115,14 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruned:
+    """Channels that go: outputs of one weight, counted from 0, rising."""
+
+    weight: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What becomes of every weight of one model.
 
@@ -131,6 +139,8 @@ class Plan:
     choices : tuple of Candidate
     kept : tuple of Kept
     schema : int
+    pruned : tuple of Pruned
+        Channels that go before any weight is changed.
     """
 
     model_sha256: str
@@ -140,6 +150,7 @@ class Plan:
     choices: tuple[Candidate, ...]
     kept: tuple[Kept, ...]
     schema: int = SCHEMA
+    pruned: tuple[Pruned, ...] = ()
 
     def to_json(self) -> str:
         """Give the plan as JSON text."""
@@ -491,7 +502,10 @@ def _field(kind: str, value: Any, where: str) -> Any:
     if kind.startswith("tuple["):
         if not isinstance(value, list):
             raise wrong
-        record = {"tuple[Candidate, ...]": Candidate, "tuple[Kept, ...]": Kept}[kind]
+        if kind == "tuple[int, ...]":
+            return tuple(_field("int", v, f"{where}[{i}]") for i, v in enumerate(value))
+        records = {"tuple[Candidate, ...]": Candidate, "tuple[Kept, ...]": Kept, "tuple[Pruned, ...]": Pruned}
+        record = records[kind]
         return tuple(_read(record, v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind.startswith(("Params", "Mapping")):
         plain: tuple[type, ...] = (

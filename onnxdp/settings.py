@@ -119,6 +119,11 @@ class Settings:
         "Rename internal values, drop node names, notes and attributes at their defaults, store equal "
         "constants once; default: where that saves more than 1 % of the file.",
     )
+    prune: bool | None = _setting(
+        None,
+        "Take out inner channels that the network can do without; default: with rounded weights, "
+        "where the bytes they leave are worth more.",
+    )
     freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
     device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
     seed: int = _setting(0, "Seed of every random choice.")
@@ -148,6 +153,10 @@ class Settings:
         _one_of("--solver", self.solver, SOLVERS)
         _one_of("--device", self.device, DEVICES)
         _one_of("--factor-dtype", self.factor_dtype, FACTOR_DTYPES)
+        if self.prune and self.method not in ("auto", "quant"):
+            raise UsageError(
+                f"--prune goes with rounded weights, not with --method {self.method}; leave one out."
+            )
         self._check_calibration()
         self.partition_rows()
         for name, least in (("atoms", 1), ("iterations", 1), ("samples", 2), ("seed", 0)):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.network import Network
+from onnxdp.network import Network, bias_input
 from onnxdp.pieces import Stream
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
@@ -301,6 +301,16 @@ def mean_output(mean: Array, w: Array) -> Array:
         rows = slice(first, first + _ROWS)
         total += (mean[:, None, rows].astype(np.float64) @ w[:, rows])[:, 0]
     return total.reshape(-1)
+
+
+def shifted_bias(network: Network, found: Found, name: str, shift: Array) -> dict[str, Array]:
+    """Return the bias that makes the output behind a weight gain ``shift``; none where beta is 0."""
+    key = bias_input(name)
+    node = found.readers[name][0].node
+    alpha, beta = (node.attributes[k].as_float() if k in node.attributes else 1.0 for k in ("alpha", "beta"))
+    if key not in network.fed or not beta:
+        return {}
+    return {key: (network.fed[key] + alpha / beta * shift).astype(network.fed[key].dtype)}
 
 
 def macs(weights: Sequence[Weight]) -> int:

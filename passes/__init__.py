@@ -1,9 +1,17 @@
 """Passes: whatever changes a graph."""
 
+from onnxdp.passes.channels import DropChannels
 from onnxdp.passes.constants import GatherConstants
 from onnxdp.passes.freeze import FreezeInitializers
 from onnxdp.passes.lift import LiftWeights
 from onnxdp.passes.replace import ReplaceWeights
 from onnxdp.passes.shorten import ShortenNames
 
-__all__ = ["FreezeInitializers", "GatherConstants", "LiftWeights", "ReplaceWeights", "ShortenNames"]
+__all__ = [
+    "DropChannels",
+    "FreezeInitializers",
+    "GatherConstants",
+    "LiftWeights",
+    "ReplaceWeights",
+    "ShortenNames",
+]

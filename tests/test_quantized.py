@@ -401,10 +401,19 @@ def test_levels_edited_by_hand_are_honoured(plan, levels):
     assert package.verify("in.onnx", "out.onnx", samples=8).passed
 
 
-TAKES = f"w2: quant takes levels, one of {', '.join(map(str, LEVELS))}."
+TAKES = (
+    f"w2: quant takes levels, one of {', '.join(map(str, LEVELS))}, "
+    f"or levels and dim of a table, one of {', '.join(f'{k} x {d}' for k, d in TABLES)}."
+)
 
 
-NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [{}, {"levels": 5, "atoms": 3}]
+NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [
+    {},
+    {"levels": 5, "atoms": 3},
+    {"levels": 23, "dim": 5},
+    {"levels": 23, "dim": "2"},
+    {"levels": 5, "dim": 2},
+]
 
 
 @pytest.mark.parametrize("params", NO_LEVELS, ids=str)

@@ -13,7 +13,8 @@ from onnxdp.meter import Meter
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits.onnx"
 RATIOS = (16.0, 3.0, 1000.0)  # of 2, 5 and what is left to each number: all three kinds of scan
-FEW = {"samples": 32}
+FEW = {"samples": 32, "prune": False}
+"""Where channels go, there is an analysis for each set of them; test_pruning.py sweeps so."""
 
 
 @pytest.fixture(scope="module")

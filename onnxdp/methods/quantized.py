@@ -83,11 +83,10 @@ class Quantized:
             return
         known = _tables(weight)
         if set(params) != {"levels", "dim"} or (params["levels"], params["dim"]) not in known:
-            pairs = (
-                f"; or levels and dim, one of {', '.join(f'{k} and {d}' for k, d in known)}" if known else ""
-            )
+            named = ", or levels and dim of a table, one of " if known else ""
+            named += ", ".join(f"{k} x {d}" for k, d in known)
             raise PlanError(
-                f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}{pairs}."
+                f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}{named}."
             )
 
     def groups(

@@ -1,0 +1,301 @@
+"""Choose the channels that a network can do without, and let what reads them make up for them.
+
+At a few prices, what goes is found on the original's activations, for every weight alone. What the readers of
+the chosen channels become is then fitted once more, one after the other, on what the network without the
+channels feeds them, so that later ones repair what earlier ones lost:
+
+    W'_K = W_K + (H'_KK + delta I)^-1 E[x'_K (x^T W - x'^T_K W_K)],    b' = b + E[x]^T W - E[x']^T W'.
+
+References
+----------
+X. Ruan et al., "EDP", 2020: pruning and merging; here after training, without labels (method.md section 3).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from onnxdp import arrays, stats, weights
+from onnxdp.channels import Chain
+from onnxdp.network import Network
+from onnxdp.pieces import Stream
+from onnxdp.probes import Probes
+from onnxdp.records import Array
+from onnxdp.settings import Progress
+from onnxdp.surgeon import Patient, eliminate
+from onnxdp.weights import MIN_BYTES, Found
+
+LEVELS = (1e-3, 3e-3, 0.006, 0.01, 0.018, 0.03, 0.055, 0.1, 0.18, 0.3)
+"""Relative losses of what channels feed, for all of a model's numbers, at which channels go."""
+DAMPING = (0.01, 0.1)
+"""delta over the mean diagonal of H: a + b * inputs / rows; made-up probes are not real inputs."""
+MOST_INPUTS = 6144
+"""Rows of a weight from which its second moment is too large to be formed."""
+LEAST = 8
+"""A chain keeps at least one channel in so many."""
+
+log = logging.getLogger(__name__)
+
+Dropped: TypeAlias = Mapping[str, Sequence[int]]
+"""Name of the weight that makes them -> channels that go, rising."""
+
+
+@dataclass(slots=True)
+class Fit:
+    """What weights become without some channels (in their full shape), and what their outputs gain."""
+
+    dropped: dict[str, tuple[int, ...]]
+    loss: float = 0.0
+    """Sum of what the readers lose, relative to what each gives."""
+    tensors: dict[str, Array] = field(default_factory=dict)
+    shifts: dict[str, Array] = field(default_factory=dict)
+
+    def changes(self, network: Network, found: Found) -> dict[str, Array]:
+        """Return what the lifted network is fed."""
+        fed: dict[str, Array] = {n: t.astype(network.fed[n].dtype) for n, t in self.tensors.items()}
+        for name, shift in self.shifts.items():
+            fed.update(stats.shifted_bias(network, found, name, shift))
+        return fed
+
+
+class Pruner:
+    """One network, and the chains of it that can be fitted again.
+
+    Parameters
+    ----------
+    network : Network
+    found : Found
+    probes : Probes
+        Those that weights are fitted on.
+    chains : sequence of Chain
+    seed : int
+        Of the choice of rows.
+    progress : callable
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        found: Found,
+        probes: Probes,
+        chains: Sequence[Chain],
+        *,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self._network = network
+        self._found = found
+        self._probes = probes
+        self._seed = seed
+        self._progress = progress
+        self._weights = {w.name: w for w in found.weights}
+        self._coarse: dict[str, float] = {}
+        self.chains = tuple(c for c in chains if all(self._usable(n) for n in _ends([c])))
+
+    def candidates(self, levels: Sequence[float] = LEVELS) -> list[Fit]:
+        """Return what goes at each level, readers fitted on the original's own activations."""
+        fits = [Fit({}) for _ in levels]
+        stream = Stream(self._network, self._probes)
+        clusters = _clusters(self.chains)
+        seen: dict[str, tuple[Array, Array, float]] = {}
+        every = sorted(_ends(self.chains), key=self._place)
+        for done, name in enumerate(every):
+            self._progress("weighing channels", done, len(every), name)
+            seen[name] = self._moment(stream, name)
+            for cluster in [c for c in clusters if seen.keys() >= _ends(c)]:
+                clusters.remove(cluster)
+                self._eliminate(cluster, {n: seen.pop(n) for n in sorted(_ends(cluster))}, levels, fits)
+        return fits
+
+    def fitted(self, dropped: Dropped) -> Fit:
+        """Return the network without some channels, readers fitted one after the other."""
+        fit = Fit({n: tuple(c) for n, c in dropped.items() if len(c)})
+        gone = self._rows_gone(fit.dropped)
+        original, pruned = Stream(self._network, self._probes), Stream(self._network, self._probes)
+        changes: dict[str, Array] = {}
+        for done, name in enumerate(sorted(gone, key=self._place)):
+            self._progress("merging channels", done, len(gone), name)
+            place = self._place(name)
+            original.advance(place, {})
+            pruned.advance(place, changes)
+            one = Fit({})
+            one.tensors[name], shift = self._refit(name, original, pruned, gone[name])
+            if self._centred(name):
+                one.shifts[name] = shift
+            changes.update(one.changes(self._network, self._found))
+            fit.tensors |= one.tensors
+            fit.shifts |= one.shifts
+        return fit
+
+    def coarseness(self) -> float:
+        """Return the relative losses of rounding, as :attr:`Patient.coarse`, in sum over all readers.
+
+        Bits are shared out at best among the readers: each number is worth the same at the margin.
+        """
+        sizes = np.array([self._weights[n].size for n in self._coarse], float)
+        shares = sizes / sizes.sum()
+        losses = np.array(list(self._coarse.values())) / shares
+        return float(np.exp(shares @ np.log(np.maximum(losses, 1e-12))))
+
+    def share(self, dropped: Dropped) -> float:
+        """Return the share of the weights' numbers that go."""
+        before = sum(w.size for w in self._weights.values())
+        left: dict[str, dict[int, int]] = {}
+        for chain in self.chains:
+            for cut in chain.cuts:
+                name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]
+                if name in self._weights:
+                    axes = left.setdefault(name, {})
+                    axes[cut.axis] = axes.get(cut.axis, 0) + cut.span.repeat * len(
+                        dropped.get(chain.weight, ())
+                    )
+        gone = 0
+        for name, axes in left.items():
+            shape = self._weights[name].shape
+            after = [d - axes.get(a, 0) for a, d in enumerate(shape)]
+            gone += self._weights[name].size - int(np.prod(after, dtype=np.int64))
+        return gone / before
+
+    def _usable(self, name: str) -> bool:
+        weight = self._weights[name]
+        tap = stats.single_tap(self._found, weight)
+        return name in self._network.fed and tap is not None and weight.inputs <= MOST_INPUTS
+
+    def _place(self, name: str) -> int:
+        return stats.first_place(self._network, self._found, self._weights[name])
+
+    def _centred(self, name: str) -> bool:
+        return weights.can_centre(self._found, self._weights[name])
+
+    def _matrix(self, name: str) -> Array:
+        tensor = weights.tensor_of(self._found, name)
+        return np.asarray(weights.blocks(self._weights[name], tensor)[0])
+
+    def _rows(self, stream: Stream, name: str) -> tuple[Array, Array]:
+        """Return rows of a weight's input here over the root of their number, and the mean taken off them."""
+        weight = self._weights[name]
+        tap = stats.single_tap(self._found, weight)
+        assert tap is not None
+        stream.advance(self._place(name), {})
+        count = -(-stats.rows_wanted(weight) // stream.feeds)
+        rows = [
+            tap.sample(weight, stream.tensor(k, tap.source), count, np.random.default_rng((self._seed, k)))
+            for k in range(stream.feeds)
+        ]
+        x = np.concatenate(rows, axis=1)[0]
+        mean = x.mean(axis=0, dtype=np.float64) if self._centred(name) else np.zeros(x.shape[1])
+        x -= mean.astype(np.float32)
+        x /= np.float32(len(x) ** 0.5)
+        return x, mean
+
+    def _moment(self, stream: Stream, name: str) -> tuple[Array, Array, float]:
+        x, mean = self._rows(stream, name)
+        return np.asarray(arrays.gram(x[None])[0]), mean, _damping(x)
+
+    def _eliminate(
+        self,
+        cluster: Sequence[Chain],
+        seen: Mapping[str, tuple[Array, Array, float]],
+        levels: Sequence[float],
+        fits: Sequence[Fit],
+    ) -> None:
+        """Eliminate in one cluster and enter what went, and what its readers became, at every level."""
+        owners = np.concatenate([np.full(c.channels, k) for k, c in enumerate(cluster)])
+        prices = np.concatenate([np.full(c.channels, self.share({c.weight: (0,)})) for c in cluster])
+        patients = {
+            name: Patient.of(self._matrix(name), moment, damping, self._seats(cluster, name))
+            for name, (moment, _, damping) in seen.items()
+        }
+        self._coarse |= {name: p.coarse for name, p in patients.items()}
+        limits = [self.most(c) for c in cluster]
+        for fit, gone in zip(
+            fits, eliminate(list(patients.values()), prices, owners, limits, levels), strict=True
+        ):
+            if not gone.any():
+                continue
+            for k, chain in enumerate(cluster):
+                if (channels := np.flatnonzero(gone[owners == k])).size:
+                    fit.dropped[chain.weight] = tuple(channels.tolist())
+            for name, patient in patients.items():
+                w = patient.w.astype(np.float32)
+                fit.loss += patient.lost
+                fit.tensors[name] = weights.unblocks(self._weights[name], _brief(w)[None])
+                if self._centred(name):
+                    fit.shifts[name] = (seen[name][1] @ (self._matrix(name) - w)).astype(np.float32)
+
+    def most(self, chain: Chain) -> int:
+        """Return how many channels may go: weights stay large enough to be weights."""
+        most = chain.channels - max(1, -(-chain.channels // LEAST))
+        for cut in chain.cuts:
+            name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]
+            if name in self._weights:
+                weight = self._weights[name]
+                kept = (2 * MIN_BYTES / weight.nbytes) ** 0.5
+                most = min(most, int((1 - kept) * chain.channels)) if kept < 1 else 0
+        return max(0, most)
+
+    def _seats(self, cluster: Sequence[Chain], name: str) -> Array:
+        """Return the rows of a reader that each channel of a cluster feeds, (channels, n); -1 for none."""
+        tap = self._weights[name].tap
+        parts = []
+        for chain in cluster:
+            spans = [e.span for e in chain.ends if e.weight == name]
+            if spans:
+                places = spans[0].places(range(chain.channels))
+                parts.append((places[:, :, None] * tap + np.arange(tap)).reshape(chain.channels, -1))
+            else:
+                parts.append(np.full((chain.channels, 1), -1))
+        wide = max(p.shape[1] for p in parts)
+        return np.concatenate([np.broadcast_to(p, (len(p), wide)) for p in parts])
+
+    def _rows_gone(self, dropped: Dropped) -> dict[str, Array]:
+        """Return the rows of each reader that go."""
+        gone: dict[str, list[Array]] = {}
+        for chain in self.chains:
+            if chain.weight in dropped:
+                for name in _ends([chain]):
+                    rows = self._seats([chain], name)[list(dropped[chain.weight])]
+                    gone.setdefault(name, []).append(rows.reshape(-1))
+        return {n: np.concatenate(rows) for n, rows in gone.items()}
+
+    def _refit(self, name: str, original: Stream, pruned: Stream, gone: Array) -> tuple[Array, Array]:
+        (x, mean), (seen, mean_seen) = self._rows(original, name), self._rows(pruned, name)
+        w = self._matrix(name).astype(np.float32)
+        kept = np.setdiff1d(np.arange(len(w)), gone)
+        seen = np.ascontiguousarray(seen[:, kept])
+        lack = x @ w - seen @ w[kept]
+        moment = arrays.gram(seen[None])[0].astype(np.float64)
+        moment[np.diag_indices(len(kept))] += _damping(seen) * (float(np.trace(moment)) / len(kept) or 1.0)
+        new = np.zeros_like(w)
+        new[kept] = w[kept] + np.linalg.solve(moment, (seen.T @ lack).astype(np.float64)).astype(np.float32)
+        shift = mean @ w.astype(np.float64) - mean_seen @ new.astype(np.float64)
+        return weights.unblocks(self._weights[name], new[None]), shift.astype(np.float32)
+
+
+def _damping(x: Array) -> float:
+    return float(DAMPING[0] + DAMPING[1] * min(1.0, x.shape[1] / len(x)))
+
+
+def _brief(w: Array) -> Array:
+    """Return what is enough for a measurement."""
+    return w.astype(np.float16) if np.abs(w).max(initial=0) < 6e4 else w
+
+
+def _ends(chains: Iterable[Chain]) -> set[str]:
+    """Name all that read some chains."""
+    return {e.weight for c in chains for e in c.ends}
+
+
+def _clusters(chains: Sequence[Chain]) -> list[list[Chain]]:
+    """Put chains together that have a reader in common."""
+    clusters: list[list[Chain]] = []
+    for chain in chains:
+        touching = [c for c in clusters if _ends(c) & _ends([chain])]
+        clusters = [c for c in clusters if c not in touching]
+        clusters.append([*(c for some in touching for c in some), chain])
+    return clusters
