@@ -31,7 +31,7 @@ ROUNDING = (1.22, 1.75)
 """Share a 2^(-b bits) of the variance that rounding to few levels leaves of normal numbers: a, b."""
 TRUST = (20.0, 3.0)
 """What the damage of lost channels counts, on made-up probes and beside real ones: pictures need channels
-that dead leaves do not show (VGG, 4 to 22 % of the numbers gone: 17 to 23 times the damage; ResNet-20, 13 %: 2.6)."""
+that dead leaves do not show (VGG, 4 to 22 % of the numbers gone: 17 to 23 times; ResNet-20, 13 %: 2.6)."""
 ERROR_SHARE = 0.05
 """Share of the square of the allowed output error that lost channels may take."""
 WORTH = 0.002
