@@ -35,7 +35,7 @@ TRUST = (20.0, 3.0)
 that dead leaves do not show (VGG, 4 to 22 % of the numbers gone: 17 to 23 times; ResNet-20, 13 %: 2.6)."""
 ERROR_SHARE = 0.05
 """Share of the square of the allowed output error that lost channels may take."""
-WORTH = 0.002
+WORTH = 0.005
 """Share of the numbers below which nothing goes."""
 
 log = logging.getLogger(__name__)
