@@ -19,7 +19,7 @@ from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.network import Meter, bias_input
-from onnxdp.planner import Choice, Curve, Item
+from onnxdp.planner import Choice, Curve, Item, Operations
 from onnxdp.records import Array, Candidate, Encoded, Param
 from onnxdp.settings import Progress
 
@@ -72,6 +72,8 @@ class Search:
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     measured_alone: dict[Named, float] = field(default_factory=dict)
     """Damage of the candidates that were measured; searches for several targets share it."""
+    operations: Operations | None = None
+    """What a run may cost, where that is asked for."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -126,6 +128,7 @@ class Search:
         sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
         held = sum(sizes.values())
         worth = _largest(sizes, 1 - min(SMALL, SLACK * (self.budget or held) / (2 * max(held, 1))))
+        worth = list(sizes) if self.operations else worth  # small weights may take most operations
         unreached: list[Candidate] = []
         for done, name in enumerate(worth):
             self.progress("measuring damage", done, len(worth), name)
@@ -173,9 +176,9 @@ class Search:
         return given
 
     def _choose(self, budget: int) -> Choice:
-        choice = planner.choose(self.items, self.curves, budget, self.overhead)
+        choice = planner.choose(self.items, self.curves, budget, self.overhead, self.operations)
         if choice is None and self._give_spare():
-            choice = planner.choose(self.items, self.curves, budget, self.overhead)
+            choice = planner.choose(self.items, self.curves, budget, self.overhead, self.operations)
         if choice is None:
             raise TargetError("out of reach")
         return choice
@@ -308,7 +311,7 @@ class Search:
 
     def smallest(self) -> Choice:
         """Return the smallest choice there is."""
-        return planner.cheapest(self.items, self.overhead)
+        return planner.cheapest(self.items, self.overhead, self.operations)
 
     def mildest(self) -> float:
         """Return the relative output error of changing every weight as little as any candidate does."""
@@ -432,9 +435,11 @@ def _within_damage(search: Search, allowed: float) -> Choice:
 
 def _settled(search: Search, log_price: float, number: int) -> Choice:
     """Choose at a price, measuring once or twice where the choice falls."""
-    choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+    known = search.items, search.curves, math.exp(log_price), search.overhead, search.operations
+    choice = planner.at_price(*known)
     for _ in range(2):
         if not search._measure(choice, number):
             break
-        choice = planner.at_price(search.items, search.curves, math.exp(log_price), search.overhead)
+        known = search.items, search.curves, math.exp(log_price), search.overhead, search.operations
+    choice = planner.at_price(*known)
     return choice

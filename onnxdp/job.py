@@ -25,7 +25,7 @@ from onnxdp.methods.form import forms_for
 from onnxdp.model import Model
 from onnxdp.network import Meter, Network
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
-from onnxdp.planner import Choice
+from onnxdp.planner import Choice, Operations
 from onnxdp.probes import Probes
 from onnxdp.records import (
     Array,
@@ -34,6 +34,7 @@ from onnxdp.records import (
     File,
     Kept,
     Line,
+    Macs,
     Plan,
     Report,
     Verification,
@@ -73,6 +74,7 @@ log = logging.getLogger(__name__)
 
 ENCODING_SETTINGS = (
     "method",
+    "macs",
     "solver",
     "iterations",
     "unweighted",
@@ -117,7 +119,7 @@ class Job:
         seconds: dict[str, float] = {}
         runtime.onnxruntime()
         device = arrays.resolve_device(settings.device)
-        forms = forms_for(settings.method)
+        forms = forms_for(settings.method, lighter=settings.macs is not None)
         progress("reading", 0, 1, "")
         with _clock(seconds, "reading"):
             model = model_file.read(source)
@@ -192,6 +194,7 @@ class Job:
             search.measured_alone = self._measured
             search.budget = budget = self.settings.budget(self.model.nbytes)
             search.costly = self.costly
+            search.operations = self._operations(search)
             reached = self._gain_possible(search)
             if budget is not None:
                 choice = self._within_bytes(search, budget, reached)
@@ -224,6 +227,41 @@ class Job:
             tuple(candidates),
             (*kept, *self.found.kept),
         )
+
+    def _operations(self, search: Search) -> Operations | None:
+        """Return what a run may cost, where that is asked for.
+
+        Raises
+        ------
+        TargetError
+            Nothing makes runs that light.
+        """
+        asked = self.settings.macs
+        if asked is None:
+            return None
+        found = self._counted(asked)
+        least = found.after(planner.lightest(search.items, search.overhead, found).candidates.values())
+        if least > found.budget:
+            best = f"{math.floor(100 * found.whole / max(least, 1)) / 100:g}"
+            raise TargetError(
+                f"The target (macs {asked:g}) is out of reach: the fewest multiply-accumulates are {least:,} of "
+                f"{found.whole:,}; ask for --macs {best} or less, or let --method auto choose."
+            )
+        return found
+
+    def _counted(self, asked: float) -> Operations:
+        """Count the operations of the network, and say how many the result may have."""
+        one = self.held_out.rebatch(1)
+        whole = stats.operations(self.network, one.feeds[0], one.batch)
+        dense = {w.name: stats.macs([w]) for w in self.found.weights}
+        return Operations(whole, math.floor(whole / asked), dense, self.workshop.macs)
+
+    def macs(self, choices: Sequence[Candidate]) -> Macs | None:
+        """Return the operations before and after, where they were asked about."""
+        if self.settings.macs is None:
+            return None
+        counted = self._counted(self.settings.macs)
+        return Macs(counted.whole, counted.after(choices))
 
     def _file_error(self, search: Search, limit: float) -> Callable[[list[Encoded], dict[str, Array]], float]:
         """Return what measures the output error of arrays in the file they give, small vectors included.
@@ -334,6 +372,7 @@ class Job:
             device=self.device,
             notices=tuple(self.notices),
             dry_run=dry_run,
+            macs=self.macs(made.choices),
         )
         return out, report
 

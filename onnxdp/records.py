@@ -256,6 +256,19 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-accumulates of one sample through all Conv, Gemm and MatMul of the main graph."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Before over after."""
+        return self.before / max(self.after, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything that one run did."""
 
@@ -270,6 +283,7 @@ class Report:
     device: str
     notices: tuple[str, ...] = ()
     dry_run: bool = False
+    macs: Macs | None = None
     schema: int = SCHEMA
 
     @property

@@ -171,6 +171,8 @@ def report_lines(report: Report, target: str | None) -> list[str]:
     else:
         words = ["PASSED" if report.verification.passed else "FAILED"]
     words[0] += f" {_bytes(report.source.nbytes)} -> {_bytes(report.target.nbytes)} ({report.ratio:.2f}x)"
+    if report.macs is not None:
+        words.append(f"macs {report.macs.ratio:.2f}x fewer")
     if report.verification is not None:
         words.append(f"output error {_number(report.verification.error)}")
     if report.latency_ratio is not None:

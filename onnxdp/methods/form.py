@@ -80,6 +80,14 @@ class Aimed(Protocol):
 
 
 @runtime_checkable
+class Lighter(Protocol):
+    """A form that can change how many operations a run takes."""
+
+    def macs(self, weight: Weight, params: Params) -> float:
+        """Return the multiply-accumulates over those of the weight as it was."""
+
+
+@runtime_checkable
 class Form(Protocol):
     """A method: how weights are stored."""
 
@@ -161,7 +169,10 @@ def load(name: str) -> Form:
     return form
 
 
-def forms_for(method: str) -> tuple[Form, ...]:
-    """Return the forms a method name stands for; ``auto`` is the best of what is built, today ``quant``."""
-    name = "quant" if method == "auto" else method
-    return tuple(load(n) for n in dict.fromkeys((name, FALLBACK)))
+def forms_for(method: str, *, lighter: bool = False) -> tuple[Form, ...]:
+    """Return the forms a method name stands for.
+
+    ``auto`` is the best of what is built, today ``quant``, and ``pair`` where runs are to become ``lighter``.
+    """
+    names = [method] if method != "auto" else ["quant", "pair"] if lighter else ["quant"]
+    return tuple(load(n) for n in dict.fromkeys((*names, FALLBACK)))

@@ -178,6 +178,13 @@ class Problem:
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
         return digits, scale, (max(lost, 0.0) / (whole or 1.0)) ** 0.5
 
+    def target(self, task: Task, device: str) -> arrays.Array:
+        """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""
+        host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        w = arrays.to_device(host.reshape(host.shape[0] * self.parts, -1, host.shape[2]), device)
+        moved = self._moved(w, task, slice(None), device)
+        return arrays.namespace(moved).reshape(moved, host.shape)
+
     def _moved(self, w: arrays.Array, task: Task, columns: slice, device: str) -> arrays.Array:
         """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
         if task.lack is None or task.samples is None or self.curvature.plain:
@@ -229,7 +236,7 @@ class _Roundings:
         known = self._tried
         steps = np.log([n - 1 for n in known])
         errors = np.log([max(self._made[n].error, 1e-12) for n in known])
-        return [(self._candidate(n, float(np.exp(_along(np.log(n - 1), steps, errors)))),) for n in LEVELS]
+        return [(self._candidate(n, float(np.exp(along(np.log(n - 1), steps, errors)))),) for n in LEVELS]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
         """Return those that were tried."""
@@ -261,7 +268,7 @@ def _scan(bits: float) -> tuple[int, ...]:
     return (3, 7) if bits >= 3.2 else (2, 5)
 
 
-def _along(x: float, xs: Array, ys: Array) -> float:
+def along(x: float, xs: Array, ys: Array) -> float:
     """Interpolate; beyond the ends errors go as the step does."""
     if x < xs[0]:
         return float(ys[0] + xs[0] - x)
