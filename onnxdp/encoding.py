@@ -287,7 +287,8 @@ class Workshop:
         inside = readers[0].node.graph is self.found.values[weight.name].graph
         splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
-        return Task(weight, tensor, samples, splittable, self._bits, also=self._also)
+        even = splittable and weights.even(readers[0].node, weight)
+        return Task(weight, tensor, samples, splittable, self._bits, even=even, also=self._also)
 
     def _task_kept(self, name: str) -> Task:
         """Return the task with the samples that were kept, if any."""

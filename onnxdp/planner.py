@@ -153,7 +153,9 @@ def choose(
     """
     table = _Table(items, curves, overhead, operations)
     least = cheapest(items, overhead, operations)
-    if least.nbytes > budget or (operations and operations.after(least.candidates.values()) > operations.budget):
+    if least.nbytes > budget or (
+        operations and operations.after(least.candidates.values()) > operations.budget
+    ):
         return None
     low, high = -80.0, 20.0  # log of damage per byte
     best = table.at_price(math.exp(low))
@@ -263,7 +265,9 @@ class _Table:
             for number, rows in enumerate(self._groups):
                 if together[number] < costs[rows].sum():
                     picked.update({row: (self._together, number, int(shared[number])) for row in rows})
-        candidates = {c.weight: c for options, row, place in picked.values() for c in options.lists[row][place]}
+        candidates = {
+            c.weight: c for options, row, place in picked.values() for c in options.lists[row][place]
+        }
         used = dict.fromkeys(picked.values())
         nbytes = sum(int(options.sizes[row, place]) for options, row, place in used)
         return Choice(

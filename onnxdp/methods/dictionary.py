@@ -46,7 +46,7 @@ _POINTS = (0.75, 0.5, 0.3)
 """Shares of the float16 bytes whose candidates' damage is measured first: every curve needs a foot."""
 LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
-_MAX_MACS = 0.8
+MAX_MACS = 0.8
 """Multiply-accumulates of the two operators over those of the one, up to which they were never slower."""
 
 
@@ -325,7 +325,7 @@ class _Pairs:
             params["dictionary"] = self._weights[0].name
             if index:  # the first weight pays for the atoms
                 nbytes -= weight.inputs * rank * np.dtype(self._settings.factor_dtype).itemsize
-        if self._tasks_split[index] and pays_split(weight, params):
+        if self._tasks_split[index] and _pays_split(weight, params):
             params["run"] = "split"
         return Candidate(weight.name, "dp", params, nbytes, error)
 
@@ -419,9 +419,9 @@ def _macs(weight: Weight, params: Params) -> float:
     return int(params["atoms"]) * (m + n) / (m * n)
 
 
-def pays_split(weight: Weight, params: Params) -> bool:
+def _pays_split(weight: Weight, params: Params) -> bool:
     """Whether two operators are no slower than one (runtime.md section 4)."""
     atoms, parts = int(params["atoms"]), int(params["parts"])
-    if not emission.can_split(weight, params) or _macs(weight, params) > _MAX_MACS or atoms % LANES:
+    if not emission.can_split(weight, params) or _macs(weight, params) > MAX_MACS or atoms % LANES:
         return False
     return parts == 1 or (weight.channels // parts) % LANES == 0

@@ -7,7 +7,7 @@ runtime.md section 4: what ONNX Runtime computes once, when the session is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
@@ -100,6 +100,7 @@ def in_two(
     codes: Drawn,
     *,
     parts: int = 1,
+    held: int | None = None,
     shared: str | None = None,
 ) -> None:
     """Put an atoms operator before the node, which becomes the codes operator under its old name.
@@ -114,31 +115,60 @@ def in_two(
         matrices in the orientation of the weight. Atoms that are shared are drawn for their first reader only.
     parts : int
         Groups of the Conv of the atoms.
+    held : int, optional
+        Leading axes along which the atoms hold the kernel of a Conv, the codes the others; all where None.
     shared : str, optional
         Name of the atoms where several weights have them in common.
     """
     if weight.op == "Conv":
-        _conv_in_two(build, weight, reader.node, atoms, codes, parts, shared)
+        _conv_in_two(build, weight, reader.node, atoms, codes, parts, held, shared)
     else:
         _product_in_two(build, weight, reader, atoms, codes, shared)
 
 
 def _conv_in_two(
-    build: Builder, weight: Weight, node: ir.Node, atoms: Drawn, codes: Drawn, parts: int, shared: str | None
+    build: Builder,
+    weight: Weight,
+    node: ir.Node,
+    atoms: Drawn,
+    codes: Drawn,
+    parts: int,
+    held: int | None,
+    shared: str | None,
 ) -> None:
-    """Conv k x k, grouped where the rows are in blocks, then Conv 1 x 1 with the bias."""
+    """Conv of the atoms, grouped where the rows are in blocks, then Conv of the codes with the bias."""
     x = node.inputs[0]
+    axes = len(weight.shape) - 2
+    held = axes if held is None else held
     geometry = {k: a for k, a in node.attributes.items() if k != "group"}
+    first, second = (_along(geometry, weight, own) for own in (range(held), range(held, axes)))
 
     def draw() -> ir.Value:
         group: dict[str, Any] = {"group": parts} if parts > 1 else {}
-        return _with(build.node("Conv", [x, atoms()], "atoms.conv", **group), geometry)
+        return _with(build.node("Conv", [x, atoms()], "atoms.conv", **group), first)
 
-    between = _atoms_once(build, shared, x, geometry, draw)
+    between = _atoms_once(build, shared, x, first, draw)
     node.attributes.clear()
-    node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [1] * (len(weight.shape) - 2))
+    node.attributes.update(second)
     node.replace_input_with(0, between)
     node.replace_input_with(1, codes())
+
+
+def _along(geometry: Attributes, weight: Weight, own: Sequence[int]) -> dict[str, ir.Attr]:
+    """Return the geometry of a Conv along some of its axes; along the others it does not move."""
+    kernel = list(weight.shape[2:])
+    axes = len(kernel)
+    if len(own) == axes:
+        return dict(geometry)
+    if not own:
+        return {"kernel_shape": ir.AttrInt64s("kernel_shape", [1] * axes)}
+    made = {k: a for k, a in geometry.items() if k == "auto_pad"}
+    for name, still in (("strides", 1), ("dilations", 1), ("pads", 0)):
+        if name in geometry:
+            numbers = [n if i % axes in own else still for i, n in enumerate(geometry[name].as_ints())]
+            made[name] = ir.AttrInt64s(name, numbers)
+    made["kernel_shape"] = ir.AttrInt64s("kernel_shape", [k if i in own else 1 for i, k in enumerate(kernel)])
+    return made
 
 
 def _product_in_two(

@@ -51,6 +51,8 @@ class Task:
     given to sequential forms, which make W move towards it (method.md 1.3)."""
     quick: bool = False
     """Whether the result is only to be measured: little effort will do."""
+    even: bool = False
+    """Whether the reader is a Conv with as many output as input positions along every axis."""
     also: tuple[float, ...] = ()
     """What further targets leave, that the same solution is to serve (:class:`Aimed`)."""
 
