@@ -322,9 +322,28 @@ class Search:
     def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
         """Return the candidates with the damage that their curves foresee."""
         return tuple(
-            c if c.method == planner.KEEP else replace(c, damage=planner.foreseen(c, self.curves))
+            c
+            if c.method == planner.KEEP
+            else replace(c, damage=planner.foreseen(c, self.curves), reason=self._why(c))
             for c in choice.candidates.values()
         )
+
+    def _why(self, chosen: Candidate) -> str:
+        """Say why a weight's form was chosen: what the best other form does in no more bytes."""
+        share = self.workshop.macs(chosen)
+        size, damage = (planner.bytes_of(chosen, self.overhead), planner.foreseen(chosen, self.curves))
+        (own,) = (item.alone[chosen.weight] for item in self.items if chosen.weight in item.names)
+        others = [c for c in own if c.method != chosen.method and self.workshop.macs(c) >= share]
+        small = [c for c in others if planner.bytes_of(c, self.overhead) <= size]
+        lead = f"{share:.2f} of its operations; " if share < 1 else ""
+        if not small:
+            return lead + "no other form is as small"
+        best = min(small, key=lambda c: planner.foreseen(c, self.curves))
+        ratio = planner.foreseen(best, self.curves) / max(damage, 1e-300)
+        if ratio >= 1:
+            alone = "wins on bytes alone: " if share < 1 else ""
+            return f"{lead}{alone}{ratio:.2g} times less damage than {best.method} in as many bytes"
+        return f"{lead}{best.method} in as many bytes does {1 / max(ratio, 1e-300):.2g} times less damage"
 
 
 def _largest(sizes: Mapping[str, int], share: float) -> list[str]:

@@ -242,10 +242,11 @@ class Job:
         found = self._counted(asked)
         least = found.after(planner.lightest(search.items, search.overhead, found).candidates.values())
         if least > found.budget:
-            best = f"{math.floor(100 * found.whole / max(least, 1)) / 100:g}"
+            reached = math.floor(100 * found.whole / max(least, 1)) / 100
+            remedy = f"ask for --macs {reached:g} or less" if reached > 1 else "leave --macs out"
             raise TargetError(
-                f"The target (macs {asked:g}) is out of reach: the fewest multiply-accumulates are {least:,} of "
-                f"{found.whole:,}; ask for --macs {best} or less, or let --method auto choose."
+                f"The target (macs {asked:g}) is out of reach: the fewest multiply-accumulates that method "
+                f"{self.settings.method} reaches are {least:,} of {found.whole:,}; {remedy}."
             )
         return found
 
@@ -589,7 +590,7 @@ class Job:
             )
             error = stored.error
             lines.append(
-                Line(w.name, w.op, w.shape, c.method, c.params, w.nbytes, after, error, c.damage, "")
+                Line(w.name, w.op, w.shape, c.method, c.params, w.nbytes, after, error, c.damage, c.reason)
             )
         lines += [
             Line(k.weight, "", (), "", {}, k.nbytes, k.nbytes, 0.0, None, k.reason) for k in self.found.kept

@@ -188,7 +188,7 @@ def bytes_of(candidate: Candidate, overhead: Mapping[str, int]) -> int:
 
 
 class _Options:
-    """Some lists of candidates: bytes, damage and operations of each, as rows of arrays, padded with infinity."""
+    """Lists of candidates: bytes, damage and operations of each, as rows that infinity fills up."""
 
     def __init__(
         self,

@@ -54,13 +54,13 @@ class Settings:
     )
     macs: float | None = _setting(
         None,
-        "Run with this many times fewer multiply-accumulates (original / compressed), beside a target; alone, "
-        "the file may have half its bytes.",
+        "Run with this many times fewer multiply-accumulates (original / compressed), beside a target; "
+        "alone, the file may have half its bytes.",
     )
     method: str = _setting(
         "auto",
-        "How weights are stored: auto (quant, with --macs pair, too; dp where an option of dictionary pairs is "
-        "set), quant, pair (rounded), dp, float16, or a plug-in's name.",
+        "How weights are stored: auto (quant; with --macs pair, too; dp where an option of dictionary pairs "
+        "is set), quant, pair (rounded), dp, float16, or a plug-in's name.",
     )
     solver: str = _setting(
         "exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration)."

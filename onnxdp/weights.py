@@ -203,7 +203,7 @@ def unblocks(weight: Weight, stack: Array, axis: str = "rows", parts: int = 1) -
 
 
 def even(node: ir.Node, weight: Weight) -> bool:
-    """Whether a node is a Conv with as many output as input positions along every axis, whatever it is fed."""
+    """Whether a node is a Conv with as many output as input positions along every axis."""
     if node.op_type != "Conv":
         return False
     held = node.attributes

@@ -111,8 +111,8 @@ def in_two(
     weight : Weight
     reader : Reader
     atoms, codes : callable
-        Draw the factors: of a Conv the kernels (atoms, channels, ...) and (outputs, atoms, 1, ...), otherwise
-        matrices in the orientation of the weight. Atoms that are shared are drawn for their first reader only.
+        Draw the factors: of a Conv the kernels (atoms, channels, ...) and (outputs, atoms, ...), otherwise
+        matrices in the orientation of the weight. Shared atoms are drawn for their first reader only.
     parts : int
         Groups of the Conv of the atoms.
     held : int, optional

@@ -60,7 +60,7 @@ class RoundedPair:
     near = 3.0
 
     def supports(self, weight: Weight) -> str | None:
-        """Refuse what has no matrix, or one too thin; a grouped Conv, whose pair would be as many small ones."""
+        """Refuse what has no matrix, or one too thin, and a grouped Conv."""
         if weight.groups > 1:
             return "rounded pairs rebuild weights of one group"
         return dictionary.DictionaryPair().supports(weight)
@@ -357,29 +357,38 @@ def _turn(rank: int, seed: int) -> Array:
 
 
 class _Pairs:
-    """Rounded pairs of one weight."""
+    """Rounded pairs of one weight.
+
+    Some are made, of middle rank with few and with many levels; what rounding the others loses follows from
+    these. What is made later changes no candidate: further targets see what the first saw.
+    """
 
     def __init__(self, task: Task, seed: int, device: str) -> None:
         self._weight = task.weight
         self._device, self._seed = device, seed
         self._run, ways = _ways(task)
         self._lost: dict[tuple[str, int], float] = {}
+        self._noise: dict[str, Array] = {}
         self._made: dict[Pair, Encoded] = {}
         self._costs: dict[tuple[tuple[int, ...], int], int] = {}
         for taps, ranks in ways.items():
             problem = _Problem(task, taps, ranks[-1], seed, device)
             self._lost |= {(taps, r): lost for r, lost in problem.lost(ranks).items()}
             middle = ranks[len(ranks) // 2]
+            noise = []
             for levels in _TRIED:
                 pair = taps, middle, levels, levels
-                self._made[pair] = problem.encoded(self._params(pair), tries=1, sweeps=0)
+                self._made[pair] = made = problem.encoded(self._params(pair), tries=1, sweeps=0)
+                noise.append(math.log(max((made.error**2 - self._lost[taps, middle]) / 2, 1e-12)) / 2)
+            self._noise[taps] = np.array(noise)
+        self._tried = {pair: made.error for pair, made in self._made.items()}
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
         """Return the ways that no other of the same atoms beats in bytes and error."""
         return [(c,) for taps, rank in self._lost for c in self._alike(taps, rank)]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
-        return [(self._candidate(pair),) for pair in self._made]
+        return [(self._candidate(pair),) for pair in self._tried]
 
     def ready(self, params: Sequence[Params]) -> bool:
         return _pair(params[0]) in self._made
@@ -399,7 +408,7 @@ class _Pairs:
         pairs = [(taps, rank, a, c) for a in _LEVELS for c in _LEVELS]
         kept: list[Candidate] = []
         for c in sorted(map(self._candidate, pairs), key=lambda c: (c.nbytes, c.error)):
-            if not kept or c.error < kept[-1].error or _pair(c.params) in self._made:
+            if not kept or c.error < kept[-1].error or _pair(c.params) in self._tried:
                 kept.append(c)
         return kept
 
@@ -417,16 +426,11 @@ class _Pairs:
 
     def _error(self, pair: Pair) -> float:
         """Return the error of a pair: of what its atoms leave, and of rounding either factor."""
-        if pair in self._made:
-            return self._made[pair].error
+        if pair in self._tried:
+            return self._tried[pair]
         taps, rank, *levels = pair
-        steps = np.log([n - 1 for n in _TRIED])
-        noise = []
-        for (way, middle, *_), made in self._made.items():
-            if way == taps:
-                noise.append(0.5 * math.log(max((made.error**2 - self._lost[taps, middle]) / 2, 1e-12)))
-        noise = noise[: len(_TRIED)]
-        rounding = sum(math.exp(2 * quantized.along(math.log(n - 1), steps, np.array(noise))) for n in levels)
+        steps, noise = np.log([n - 1 for n in _TRIED]), self._noise[taps]
+        rounding = sum(math.exp(2 * quantized.along(math.log(n - 1), steps, noise)) for n in levels)
         return math.sqrt(self._lost[taps, rank] + rounding)
 
 
