@@ -20,9 +20,9 @@ rotations give rounding with error feedback.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -42,8 +42,16 @@ _LEVELS = quantized.LEVELS[1:-1]
 """Numbers of levels of either factor; with two, a pair is worse than fewer atoms."""
 _TRIED = (4, 16)
 """Numbers of levels whose errors are measured; those of the others lie on a line in logarithms."""
+RIDGE = 0.3
+"""Of fitted codes, over that of a dictionary pair: on real pictures a hundredth less error than with 1."""
+_ROUNDS = 2
+_STEPS = 6
+"""Rounds of fitting atoms to codes, and steps of each: 3 % less error, on real inputs, too."""
 _RANKS = 16
 """Most ranks of a weight that are candidates."""
+
+LANES = 8
+"""Atoms are a multiple of this: others drop the second Conv out of ONNX Runtime's layout (runtime.md 4)."""
 
 TAPS = ("atoms", "both", "codes")
 """Who has the kernel of a Conv; for a matrix it is the atoms."""
@@ -57,7 +65,7 @@ class RoundedPair:
 
     name = "pair"
     sequential = True
-    near = 3.0
+    near = 1.5
 
     def supports(self, weight: Weight) -> str | None:
         """Refuse what has no matrix, or one too thin, and a grouped Conv."""
@@ -253,6 +261,9 @@ class _Problem:
         norms[norms == 0] = 1
         self._seen, self._atoms, self._codes = seen, atoms * norms.swapaxes(1, 2), codes / norms
         self._wanted = w if task.samples is None else task.samples @ w
+        if task.lack is not None and task.samples is not None:
+            given = weights.blocks(task.weight, task.tensor).astype(np.float32, copy=False)
+            self._wanted = task.samples @ given + task.lack
         self._matrix = w.reshape(rows, columns)
 
     def lost(self, ranks: Sequence[int]) -> dict[int, float]:
@@ -271,8 +282,9 @@ class _Problem:
         """Round the atoms, then the codes fitted to what these give."""
         weight, rank, how = self._task.weight, int(params["atoms"]), {"tries": tries, "sweeps": sweeps}
         (atoms_of, _), (codes_of, _) = _factors(weight, params)
-        turn = _turn(rank, self._seed)
-        atoms = weights.unblocks(atoms_of, self._atoms[:, :, :rank] @ turn)
+        found = self._atoms[:, :, :rank]
+        found = self._improved(found) if sweeps else found
+        atoms = weights.unblocks(atoms_of, found @ _turn(rank, self._seed))
         first = Task(atoms_of, atoms, self._seen, False)
         rounded = self._rounded(first, int(params["levels"]), **how)
         kept = weights.blocks(atoms_of, Quantized().decode(atoms_of, rounded))
@@ -283,6 +295,33 @@ class _Problem:
         lost = self._wanted - x @ weights.blocks(codes_of, Quantized().decode(codes_of, fitted))
         error = float(np.linalg.norm(lost) / (np.linalg.norm(self._wanted) or 1.0))
         return _joined(weight, params, [rounded, fitted], error)
+
+    def _improved(self, atoms: Array) -> Array:
+        """Return atoms (1, rows, rank) fitted to their fitted codes, a few times.
+
+        Their factorisation took every tap of the codes by itself; where there is one, nothing is better.
+        """
+        if self._seen is None or self._cut[0] == self._task.weight.inputs:
+            return atoms
+        d, seen = atoms[0], self._seen[0]
+        rank, taps = d.shape[1], self._task.weight.inputs // self._cut[0]
+        for _ in range(_ROUNDS):
+            normal = self._normal(self._given(d[None]), d[None])
+            codes = normal.codes(slice(None)).astype(np.float32)
+            flat, ridge = codes.reshape(rank, -1), np.float32(normal.ridge)
+
+            def pull(outputs: Array, codes: Array = codes) -> Array:
+                back = (outputs @ codes.T).reshape(-1, rank, taps).swapaxes(1, 2).reshape(-1, rank)
+                return np.asarray(seen.T @ back)
+
+            def curve(step: Array, codes: Array = codes, flat: Array = flat, ridge: Any = ridge) -> Array:
+                seen_so = pull(self._given(step[None])[0] @ codes, codes)
+                return np.asarray(seen_so + ridge * (step @ (flat @ flat.T)))
+
+            d = _conjugate(curve, pull(self._wanted[0]) + ridge * (self._matrix @ flat.T), d)
+        # rows of the codes alike, as rounding wants them
+        codes = self._normal(self._given(d[None]), d[None]).codes(slice(None)).reshape(rank, -1)
+        return np.asarray(d @ np.linalg.qr(codes.T).R.T.astype(np.float32))[None]
 
     def _rounded(self, task: Task, levels: int, *, tries: int, sweeps: int) -> Encoded:
         problem = Problem.of(task, self._device)
@@ -317,7 +356,8 @@ class _Problem:
         if (samples := self._task.samples) is not None:
             _, rows, inputs = samples.shape
             mean = float(np.vdot(samples, samples)) / inputs
-            ridge = (dictionary.RIDGE[0] + dictionary.RIDGE[1] * min(1.0, inputs / rows)) * mean
+            share = dictionary.RIDGE[0] + dictionary.RIDGE[1] * min(1.0, inputs / rows)
+            ridge = RIDGE * share * mean
         shown, told = (arrays.to_host(a)[0].astype(np.float64) for a in (gram, pull))
         return _Normal(shown, told, *prior, ridge)
 
@@ -348,6 +388,22 @@ class _Normal:
         return np.linalg.solve(
             gram + floor * np.eye(size), self.pull[own] + self.ridge * self.plain_pull[own]
         )
+
+
+def _conjugate(curve: Callable[[Array], Array], pull: Array, start: Array) -> Array:
+    """Return a step of conjugate gradients towards the x of ``curve(x) = pull``, float32."""
+    x = start
+    rest = pull - curve(x)
+    way, size = rest, float(np.vdot(rest, rest))
+    for _ in range(_STEPS):
+        if size == 0:
+            break
+        bent = curve(way)
+        length = np.float32(size / float(np.vdot(way, bent)))
+        x, rest = x + length * way, rest - length * bent
+        now = float(np.vdot(rest, rest))
+        way, size = rest + np.float32(now / size) * way, now
+    return x
 
 
 def _turn(rank: int, seed: int) -> Array:
@@ -446,7 +502,7 @@ def _ways(task: Task) -> tuple[str, dict[str, list[int]]]:
     weight = task.weight
     if task.splittable:
         ways = TAPS if weight.op == "Conv" and weight.tap > 1 and task.even else TAPS[:1]
-        ranks = {taps: _ranks(weight, taps, dictionary.LANES, dictionary.MAX_MACS) for taps in ways}
+        ranks = {taps: _ranks(weight, taps, LANES, dictionary.MAX_MACS) for taps in ways}
         if found := {taps: own for taps, own in ranks.items() if own}:
             return "split", found
     ranks = {"atoms": _ranks(weight, "atoms", 1, 1.0)}
