@@ -303,25 +303,30 @@ class _Problem:
         """
         if self._seen is None or self._cut[0] == self._task.weight.inputs:
             return atoms
-        d, seen = atoms[0], self._seen[0]
-        rank, taps = d.shape[1], self._task.weight.inputs // self._cut[0]
+        d = atoms[0]
         for _ in range(_ROUNDS):
-            normal = self._normal(self._given(d[None]), d[None])
-            codes = normal.codes(slice(None)).astype(np.float32)
-            flat, ridge = codes.reshape(rank, -1), np.float32(normal.ridge)
-
-            def pull(outputs: Array, codes: Array = codes) -> Array:
-                back = (outputs @ codes.T).reshape(-1, rank, taps).swapaxes(1, 2).reshape(-1, rank)
-                return np.asarray(seen.T @ back)
-
-            def curve(step: Array, codes: Array = codes, flat: Array = flat, ridge: Any = ridge) -> Array:
-                seen_so = pull(self._given(step[None])[0] @ codes, codes)
-                return np.asarray(seen_so + ridge * (step @ (flat @ flat.T)))
-
-            d = _conjugate(curve, pull(self._wanted[0]) + ridge * (self._matrix @ flat.T), d)
+            d = self._nearer(d)
         # rows of the codes alike, as rounding wants them
-        codes = self._normal(self._given(d[None]), d[None]).codes(slice(None)).reshape(rank, -1)
+        codes = self._normal(self._given(d[None]), d[None]).codes(slice(None)).reshape(d.shape[1], -1)
         return np.asarray(d @ np.linalg.qr(codes.T).R.T.astype(np.float32))[None]
+
+    def _nearer(self, d: Array) -> Array:
+        """Move atoms (rows, rank) towards the best for the codes that are the best for them."""
+        assert self._seen is not None
+        seen, rank = self._seen[0], d.shape[1]
+        normal = self._normal(self._given(d[None]), d[None])
+        codes = normal.codes(slice(None)).astype(np.float32)
+        flat, ridge = codes.reshape(rank, -1), np.float32(normal.ridge)
+        square = ridge * (flat @ flat.T)
+
+        def back(outputs: Array) -> Array:
+            given = (outputs @ codes.T).reshape(-1, rank, codes.shape[0] // rank).swapaxes(1, 2)
+            return np.asarray(seen.T @ given.reshape(-1, rank))
+
+        def curve(step: Array) -> Array:
+            return back(self._given(step[None])[0] @ codes) + np.asarray(step @ square)
+
+        return _conjugate(curve, back(self._wanted[0]) + ridge * (self._matrix @ flat.T), d)
 
     def _rounded(self, task: Task, levels: int, *, tries: int, sweeps: int) -> Encoded:
         problem = Problem.of(task, self._device)
