@@ -67,6 +67,9 @@ SHORTEN_FROM = 0.01
 REWEIGHED = 400_000_000
 """Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 
+_ROUNDS = {False: 1, True: 4}
+"""Times that changes are weighed within the whole; where operations are bounded, pairs make up for much."""
+
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
@@ -468,14 +471,18 @@ class Job:
         if stats.macs(self.found.weights) > REWEIGHED:
             return choice
         encoded = self._one_by_one(choice, quick=True)
-        damage, _ = search.measured(*encoded)
-        search.reweighed(choice, *encoded)
-        fitting = self._fitting(search, budget, room)
-        if fitting is None or fitting[0].candidates == choice.candidates:
-            return choice
-        again, _ = search.measured(*self._one_by_one(fitting[0], quick=True))
-        log.info("damage %.4g, weighed within the whole %.4g", damage, again)
-        return fitting[0] if again < damage else choice
+        best, damage = choice, search.measured(*encoded)[0]
+        for _ in range(_ROUNDS[search.operations is not None]):
+            search.reweighed(choice, *encoded)
+            fitting = self._fitting(search, budget, room)
+            if fitting is None or fitting[0].candidates in (choice.candidates, best.candidates):
+                break
+            choice = fitting[0]
+            encoded = self._one_by_one(choice, quick=True)
+            again, _ = search.measured(*encoded)
+            log.info("damage %.4g, weighed within the whole %.4g", damage, again)
+            best, damage = (choice, again) if again < damage else (best, damage)
+        return best
 
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""

@@ -127,7 +127,7 @@ class Pairing:
         self._seen, self._matrix = seen, w.reshape(rows, columns)
         self._atoms = atoms * norms.swapaxes(1, 2)  # rows of the codes alike, as rounding wants them
         self._wanted = given if task.samples is None else task.samples @ given
-        if task.lack is not None:
+        if task.lack is not None and task.samples is not None:
             self._wanted = self._wanted + task.lack
 
     def lost(self, ranks: Sequence[int]) -> dict[int, float]:
