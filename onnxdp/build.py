@@ -169,6 +169,10 @@ class Builder:
         """
         self._paper.waiting.setdefault(key, (draw, []))[1].append(item)
 
+    def promise(self, value: ir.Value) -> None:
+        """Count a value that :meth:`later` draws among what only decodes, and so what reads it alone."""
+        self._paper.decoded.add(value)
+
     def named(self, weight: str) -> Builder:
         """Builder on the same graph for another weight."""
         return Builder(self.graph, weight, self._paper)

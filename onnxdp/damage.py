@@ -20,7 +20,7 @@ from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.meter import Meter
 from onnxdp.network import bias_input
-from onnxdp.planner import Choice, Curve, Item
+from onnxdp.planner import Choice, Curve, Item, Operations
 from onnxdp.records import Array, Candidate, Encoded, Param
 from onnxdp.settings import Progress
 
@@ -73,6 +73,8 @@ class Search:
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     measured_alone: dict[Named, float] = field(default_factory=dict)
     """Damage of the candidates that were measured; searches for several targets share it."""
+    operations: Operations | None = None
+    """What a run may cost, where that is asked for."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -127,6 +129,7 @@ class Search:
         sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
         held = sum(sizes.values())
         worth = _largest(sizes, 1 - min(SMALL, SLACK * (self.budget or held) / (2 * max(held, 1))))
+        worth = list(sizes) if self.operations else worth  # small weights may take most operations
         unreached: list[Candidate] = []
         for done, name in enumerate(worth):
             self.progress("measuring damage", done, len(worth), name)
@@ -182,9 +185,9 @@ class Search:
         return choice
 
     def _chosen(self, budget: int) -> Choice | None:
-        price = planner.price(self.items, self.curves, budget, self.overhead)
+        price = planner.price(self.items, self.curves, budget, self.overhead, self.operations)
         items = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
-        return planner.choose(items, self.curves, budget, self.overhead)
+        return planner.choose(items, self.curves, budget, self.overhead, self.operations)
 
     def _measure(self, choice: Choice, number: int) -> int:
         """Measure the candidates of a choice whose curves say nothing near them; returns how many."""
@@ -314,7 +317,7 @@ class Search:
 
     def smallest(self) -> Choice:
         """Return the smallest choice there is."""
-        return planner.cheapest(self.items, self.overhead)
+        return planner.cheapest(self.items, self.overhead, self.operations)
 
     def mildest(self) -> float:
         """Return the relative output error of changing every weight as little as any candidate does."""
@@ -325,9 +328,28 @@ class Search:
     def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
         """Return the candidates with the damage that their curves foresee."""
         return tuple(
-            c if c.method == planner.KEEP else replace(c, damage=planner.foreseen(c, self.curves))
+            c
+            if c.method == planner.KEEP
+            else replace(c, damage=planner.foreseen(c, self.curves), reason=self._why(c))
             for c in choice.candidates.values()
         )
+
+    def _why(self, chosen: Candidate) -> str:
+        """Say why a weight's form was chosen: what the best other form does in no more bytes."""
+        share = self.workshop.macs(chosen)
+        size, damage = (planner.bytes_of(chosen, self.overhead), planner.foreseen(chosen, self.curves))
+        (own,) = (item.alone[chosen.weight] for item in self.items if chosen.weight in item.names)
+        others = [c for c in own if c.method != chosen.method and self.workshop.macs(c) >= share]
+        small = [c for c in others if planner.bytes_of(c, self.overhead) <= size]
+        lead = f"{share:.2f} of its operations; " if share < 1 else ""
+        if not small:
+            return lead + "no other form is as small"
+        best = min(small, key=lambda c: planner.foreseen(c, self.curves))
+        ratio = planner.foreseen(best, self.curves) / max(damage, 1e-300)
+        if ratio >= 1:
+            alone = "wins on bytes alone: " if share < 1 else ""
+            return f"{lead}{alone}{ratio:.2g} times less damage than {best.method} in as many bytes"
+        return f"{lead}{best.method} in as many bytes does {1 / max(ratio, 1e-300):.2g} times less damage"
 
 
 def _largest(sizes: Mapping[str, int], share: float) -> list[str]:
@@ -440,9 +462,9 @@ def _settled(search: Search, log_price: float, number: int) -> Choice:
     """Choose at a price, measuring once or twice where the choice falls."""
     price = math.exp(log_price)
     items = planner.with_tables_that_pay(search.items, search.curves, price, search.overhead)
-    choice = planner.at_price(items, search.curves, price, search.overhead)
+    choice = planner.at_price(items, search.curves, price, search.overhead, search.operations)
     for _ in range(2):
         if not search._measure(choice, number):
             break
-        choice = planner.at_price(items, search.curves, price, search.overhead)
+        choice = planner.at_price(items, search.curves, price, search.overhead, search.operations)
     return choice

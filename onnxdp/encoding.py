@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.errors import PlanError
-from onnxdp.methods.form import Aimed, Form, Solved, Task
+from onnxdp.methods.form import Aimed, Form, Lighter, Solved, Task
 from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import Item
@@ -284,7 +284,8 @@ class Workshop:
         inside = readers[0].node.graph is self.found.values[weight.name].graph
         splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
-        return Task(weight, tensor, samples, splittable, self._bits, also=self._also)
+        even = splittable and weights.even(readers[0].node, weight)
+        return Task(weight, tensor, samples, splittable, self._bits, even=even, also=self._also)
 
     def _task_kept(self, name: str) -> Task:
         """Return the task with the samples that were kept, if any."""
@@ -305,16 +306,27 @@ class Workshop:
         with self._one_at_a_time if large else nullcontext():  # each needs several times its own memory
             return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 
-    @staticmethod
-    def _undominated(options: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """Leave out what is no smaller than the original, or neither smaller nor nearer than another."""
+    def macs(self, candidate: Candidate) -> float:
+        """Return the multiply-accumulates that a candidate leaves, over those of the weight as it was."""
+        form = self.forms.get(candidate.method)
+        if not isinstance(form, Lighter):
+            return 1.0
+        return form.macs(self.weights[candidate.weight], candidate.params)
+
+    def _undominated(self, options: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Leave out what is no smaller than the original, or neither smaller nor nearer than another.
+
+        Where operations count, a candidate of fewer stays, too.
+        """
         kept = options[0]
         best: list[Candidate] = [kept]
-        floor = float("inf")
+        floors: dict[float, float] = {}  # operations -> least error
         for c in sorted(options[1:], key=lambda c: (c.nbytes, c.error)):
+            macs = self.macs(c) if self._settings.macs is not None else 1.0
+            floor = min((e for m, e in floors.items() if m <= macs), default=float("inf"))
             if c.nbytes < kept.nbytes and c.error < floor:
                 best.append(c)
-                floor = c.error
+                floors[macs] = c.error
         return tuple(best)
 
     def _fixed(self, options: Sequence[Candidate]) -> tuple[Candidate, ...]:

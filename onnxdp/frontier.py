@@ -93,7 +93,8 @@ def _point(job: Job, reference: Reference) -> FrontierPoint:
     damage = sum(c.damage or 0.0 for c in made.choices)
     took = time.perf_counter() - job.started
     ratio = job.model.nbytes / file.nbytes
-    return FrontierPoint(asked, budget, file.nbytes, file.sha256, ratio, damage, error, None, took)
+    macs = job.macs(made.choices)
+    return FrontierPoint(asked, budget, file.nbytes, file.sha256, ratio, damage, error, None, took, macs)
 
 
 def _measured(job: Job, made: Plan, reference: Reference) -> tuple[File, float]:

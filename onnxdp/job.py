@@ -26,7 +26,7 @@ from onnxdp.methods.form import forms_for
 from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
-from onnxdp.planner import Choice
+from onnxdp.planner import Choice, Operations
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped
 from onnxdp.records import (
@@ -36,6 +36,7 @@ from onnxdp.records import (
     File,
     Kept,
     Line,
+    Macs,
     Plan,
     Pruned,
     Report,
@@ -70,6 +71,9 @@ SHORTEN_FROM = 0.01
 REWEIGHED = 400_000_000
 """Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 
+_ROUNDS = {False: 1, True: 4}
+"""Times that changes are weighed within the whole; where operations are bounded, pairs make up for much."""
+
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
@@ -77,6 +81,7 @@ log = logging.getLogger(__name__)
 
 ENCODING_SETTINGS = (
     "method",
+    "macs",
     "solver",
     "iterations",
     "unweighted",
@@ -137,7 +142,7 @@ class Job:
         seconds: dict[str, float] = {}
         runtime.onnxruntime()
         device = arrays.resolve_device(settings.device)
-        forms = forms_for(settings.method)
+        forms = forms_for(settings.method, lighter=settings.macs is not None)
         progress("reading", 0, 1, "")
         with _clock(seconds, "reading"):
             model = model_file.read(source)
@@ -235,6 +240,7 @@ class Job:
             search.measured_alone = self._measured
             search.budget = budget = self.settings.budget(self.model.nbytes)
             search.costly = self.costly
+            search.operations = self._operations(search)
             reached = self._gain_possible(search)
             if budget is not None:
                 choice = self._within_bytes(search, budget, reached)
@@ -271,6 +277,42 @@ class Job:
             (*kept, *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
         )
+
+    def _operations(self, search: Search) -> Operations | None:
+        """Return what a run may cost, where that is asked for.
+
+        Raises
+        ------
+        TargetError
+            Nothing makes runs that light.
+        """
+        asked = self.settings.macs
+        if asked is None:
+            return None
+        found = self._counted(asked)
+        least = found.after(planner.lightest(search.items, search.overhead, found).candidates.values())
+        if least > found.budget:
+            reached = math.floor(100 * found.whole / max(least, 1)) / 100
+            remedy = f"ask for --macs {reached:g} or less" if reached > 1 else "leave --macs out"
+            raise TargetError(
+                f"The target (macs {asked:g}) is out of reach: the fewest multiply-accumulates that method "
+                f"{self.settings.method} reaches are {least:,} of {found.whole:,}; {remedy}."
+            )
+        return found
+
+    def _counted(self, asked: float) -> Operations:
+        """Count the operations of the network, and say how many the result may have."""
+        one = self.held_out.rebatch(1)
+        whole = stats.operations(self.network, one.feeds[0], one.batch)
+        dense = {w.name: stats.macs([w]) for w in self.found.weights}
+        return Operations(whole, math.floor(whole / asked), dense, self.workshop.macs)
+
+    def macs(self, choices: Sequence[Candidate]) -> Macs | None:
+        """Return the operations before and after, where they were asked about."""
+        if self.settings.macs is None:
+            return None
+        counted = self._counted(self.settings.macs)
+        return Macs(counted.whole, counted.after(choices))
 
     def _file_error(self, search: Search, limit: float) -> Callable[[list[Encoded], dict[str, Array]], float]:
         """Return what measures the output error of arrays in the file they give, small vectors included.
@@ -375,6 +417,7 @@ class Job:
             device=self.device,
             notices=tuple(self.notices),
             dry_run=dry_run,
+            macs=self.macs(made.choices),
         )
         return out, report
 
@@ -469,14 +512,18 @@ class Job:
         if stats.macs(self.found.weights) > REWEIGHED:
             return choice
         encoded = self._one_by_one(choice, quick=True)
-        damage, _ = search.measured(*encoded)
-        search.reweighed(choice, *encoded)
-        fitting = self._fitting(search, budget, room)
-        if fitting is None or fitting[0].candidates == choice.candidates:
-            return choice
-        again, _ = search.measured(*self._one_by_one(fitting[0], quick=True))
-        log.info("damage %.4g, weighed within the whole %.4g", damage, again)
-        return fitting[0] if again < damage else choice
+        best, damage = choice, search.measured(*encoded)[0]
+        for _ in range(_ROUNDS[search.operations is not None]):
+            search.reweighed(choice, *encoded)
+            fitting = self._fitting(search, budget, room)
+            if fitting is None or fitting[0].candidates in (choice.candidates, best.candidates):
+                break
+            choice = fitting[0]
+            encoded = self._one_by_one(choice, quick=True)
+            again, _ = search.measured(*encoded)
+            log.info("damage %.4g, weighed within the whole %.4g", damage, again)
+            best, damage = (choice, again) if again < damage else (best, damage)
+        return best
 
     def _size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""
@@ -592,7 +639,18 @@ class Job:
             )
             error = stored.error
             lines.append(
-                Line(w.name, w.op, w.shape, c.method, c.params, before[w.name], after, error, c.damage, "")
+                Line(
+                    w.name,
+                    w.op,
+                    w.shape,
+                    c.method,
+                    c.params,
+                    before[w.name],
+                    after,
+                    error,
+                    c.damage,
+                    c.reason,
+                )
             )
         lines += [
             Line(k.weight, "", (), "", {}, k.nbytes, k.nbytes, 0.0, None, k.reason) for k in self.found.kept

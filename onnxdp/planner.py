@@ -2,15 +2,15 @@
 
 Damage of a weight is taken as a function of its local error, d(e^2), known at the points where it was
 measured at the network's output, a straight line in logarithms between them and proportional to e^2 beyond.
-All weights are chosen at once by one Lagrange multiplier (method.md 1.5); whoever conducts measures where the
-choice falls and chooses again.
+All weights are chosen at once by one Lagrange multiplier (method.md 1.5), two where operations count beside
+bytes; whoever conducts measures where the choice falls and chooses again.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -90,12 +90,55 @@ def keep(weight: Weight) -> Candidate:
     return Candidate(weight.name, KEEP, {}, weight.nbytes, 0.0, 0.0)
 
 
-def cheapest(items: Sequence[Item], overhead: Mapping[str, int]) -> Choice:
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What a run may cost: multiply-accumulates of one sample.
+
+    Attributes
+    ----------
+    whole : int
+        Of the network as it is.
+    budget : int
+        Of the result, at most.
+    dense : mapping of str to int
+        Of each weight as it is; 0 where it is missing.
+    share : callable
+        What a candidate leaves of its weight's, a share.
+    """
+
+    whole: int
+    budget: int
+    dense: Mapping[str, int]
+    share: Callable[[Candidate], float]
+
+    def of(self, candidate: Candidate) -> float:
+        """Return the operations through one weight."""
+        return self.dense.get(candidate.weight, 0) * self.share(candidate)
+
+    def after(self, candidates: Iterable[Candidate]) -> int:
+        """Return the operations of the network with some weights replaced."""
+        return round(self.whole - sum(self.dense.get(c.weight, 0) - self.of(c) for c in candidates))
+
+
+def cheapest(
+    items: Sequence[Item], overhead: Mapping[str, int], operations: Operations | None = None
+) -> Choice:
     """Return the smallest choice there is, whatever it costs."""
-    return _collect((_pick(item, {}, math.inf, overhead) for item in items), {}, overhead)
+    return _Table(items, {}, overhead, operations).at_price(math.inf)
 
 
-def choose(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping[str, int]) -> Choice | None:
+def lightest(items: Sequence[Item], overhead: Mapping[str, int], operations: Operations) -> Choice:
+    """Return the choice of fewest operations."""
+    return _Table(items, {}, overhead, operations).at_prices(math.inf, math.inf)
+
+
+def choose(
+    items: Sequence[Item],
+    curves: Curves,
+    budget: int,
+    overhead: Mapping[str, int],
+    operations: Operations | None = None,
+) -> Choice | None:
     """Return the choice of least foreseen damage within ``budget`` bytes; None where there is none.
 
     Parameters
@@ -106,26 +149,28 @@ def choose(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping
         Bytes for all candidates and what decodes them.
     overhead : mapping of str to int
         Method name -> bytes of the operators that decode one weight.
+    operations : Operations, optional
+        Bounds the operations of a run, too; they have a multiplier of their own.
     """
-    least = cheapest(items, overhead)
-    if least.nbytes > budget:
+    least = cheapest(items, overhead, operations)
+    if least.nbytes > budget or (
+        operations and operations.after(least.candidates.values()) > operations.budget
+    ):
         return None
-    found = at_price(items, curves, price(items, curves, budget, overhead), overhead)
-    return _fill(items, curves, found if found.nbytes <= budget else least, budget, overhead)
+    table = _Table(items, curves, overhead, operations)
+    found = table.at_price(table.price(budget))
+    return table.filled(found if found.nbytes <= budget else least, budget)
 
 
-def price(items: Sequence[Item], curves: Curves, budget: int, overhead: Mapping[str, int]) -> float:
+def price(
+    items: Sequence[Item],
+    curves: Curves,
+    budget: int,
+    overhead: Mapping[str, int],
+    operations: Operations | None = None,
+) -> float:
     """Return the damage per byte from which on choices are within ``budget`` bytes, as far as any is."""
-    low, high = -80.0, 20.0  # logarithms
-    if at_price(items, curves, math.exp(low), overhead).nbytes <= budget:
-        return math.exp(low)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if at_price(items, curves, math.exp(middle), overhead).nbytes <= budget:
-            high = middle
-        else:
-            low = middle
-    return math.exp(high)
+    return _Table(items, curves, overhead, operations).price(budget)
 
 
 def with_tables_that_pay(
@@ -168,9 +213,15 @@ def with_tables_that_pay(
     ]
 
 
-def at_price(items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]) -> Choice:
-    """Return the choice that minimises damage + price * bytes."""
-    return _collect((_pick(item, curves, price, overhead) for item in items), curves, overhead)
+def at_price(
+    items: Sequence[Item],
+    curves: Curves,
+    price: float,
+    overhead: Mapping[str, int],
+    operations: Operations | None = None,
+) -> Choice:
+    """Return the choice that minimises damage + price * bytes, within the operations."""
+    return _Table(items, curves, overhead, operations).at_price(price)
 
 
 def bytes_of(candidate: Candidate, overhead: Mapping[str, int]) -> int:
@@ -178,40 +229,143 @@ def bytes_of(candidate: Candidate, overhead: Mapping[str, int]) -> int:
     return candidate.nbytes + overhead.get(candidate.method, 0)
 
 
-def _pick(item: Item, curves: Curves, price: float, overhead: Mapping[str, int]) -> tuple[Candidate, ...]:
-    """Return the item's best candidates at a price: each weight by itself, or all together."""
-    own = [_best([(c,) for c in item.alone[n]], curves, price, overhead) for n in item.names]
-    alone = tuple(c for _, chosen in own for c in chosen)
-    if not item.together:
-        return alone
-    cost, together = _best(item.together, curves, price, overhead)
-    return together if cost < sum(c for c, _ in own) else alone
+class _Options:
+    """Lists of candidates: bytes, damage and operations of each, as rows that infinity fills up."""
+
+    def __init__(
+        self,
+        lists: Sequence[Sequence[tuple[Candidate, ...]]],
+        curves: Curves,
+        overhead: Mapping[str, int],
+        operations: Operations | None,
+    ) -> None:
+        self.lists = lists
+        self.sizes, self.harm, self.work = (
+            np.full((len(lists), max(map(len, lists), default=0)), np.inf) for _ in range(3)
+        )
+        for row, options in enumerate(lists):
+            until = len(options)
+            self.sizes[row, :until] = [sum(bytes_of(c, overhead) for c in option) for option in options]
+            self.harm[row, :until] = sum(damages(own, curves) for own in zip(*options, strict=True))
+            self.work[row, :until] = 0.0
+            if operations is not None:
+                self.work[row, :until] = [sum(map(operations.of, option)) for option in options]
+
+    def best(self, price: float, toll: float) -> tuple[Array, Array]:
+        """Return the place of the least cost in every row, and that cost."""
+        if math.isinf(toll):
+            cost = self.work
+        else:
+            cost = self.sizes if math.isinf(price) else price * self.sizes + self.harm
+            cost = cost + toll * self.work if toll else cost
+        places = np.argmin(cost, axis=1)
+        return places, cost[np.arange(len(cost)), places]
 
 
-def _best(
-    options: Sequence[tuple[Candidate, ...]],
-    curves: Curves,
-    price: float,
-    overhead: Mapping[str, int],
-) -> tuple[float, tuple[Candidate, ...]]:
-    sizes = np.array([sum(bytes_of(c, overhead) for c in option) for option in options], np.float64)
-    if math.isinf(price):
-        best = int(np.argmin(sizes))
-        return float(sizes[best]), options[best]
-    cost = price * sizes
-    for place in range(len(options[0])):
-        cost += damages([option[place] for option in options], curves)
-    best = int(np.argmin(cost))
-    return float(cost[best]), options[best]
+class _Table:
+    """Everything that a choice weighs, worked out once for all prices."""
 
+    def __init__(
+        self,
+        items: Sequence[Item],
+        curves: Curves,
+        overhead: Mapping[str, int],
+        operations: Operations | None,
+    ) -> None:
+        self._operations = operations
+        self._names = [n for item in items for n in item.names]
+        self._groups = [[self._names.index(n) for n in item.names] for item in items if item.together]
+        known = curves, overhead, operations
+        self._alone = _Options([[(c,) for c in item.alone[n]] for item in items for n in item.names], *known)
+        self._together = _Options([item.together for item in items if item.together], *known)
 
-def _collect(picked: Iterable[tuple[Candidate, ...]], curves: Curves, overhead: Mapping[str, int]) -> Choice:
-    candidates = {c.weight: c for chosen in picked for c in chosen}
-    return Choice(
-        candidates,
-        sum(bytes_of(c, overhead) for c in candidates.values()),
-        sum(foreseen(c, curves) for c in candidates.values()),
-    )
+    def at_price(self, price: float) -> Choice:
+        """Return the best choice at a price of bytes whose operations are within their budget.
+
+        Where none is, the one at a toll beside which nothing else counts.
+        """
+        best = self.at_prices(price, 0.0)
+        if self._fits(best):
+            return best
+        low, high = (-40.0, 20.0) if math.isinf(price) else (-80.0, 10.0)  # log of bytes, of damage
+        best = self.at_prices(price, math.exp(high))
+        for _ in range(30):
+            middle = (low + high) / 2
+            tried = self.at_prices(price, math.exp(middle))
+            if self._fits(tried):
+                high, best = middle, tried
+            else:
+                low = middle
+        return best
+
+    def at_prices(self, price: float, toll: float) -> Choice:
+        """Return the choice that minimises damage + price * bytes + toll * operations."""
+        places, costs = self._alone.best(price, toll)
+        picked = {row: (self._alone, row, int(place)) for row, place in enumerate(places)}
+        if self._groups:
+            shared, together = self._together.best(price, toll)
+            for number, rows in enumerate(self._groups):
+                if together[number] < costs[rows].sum():
+                    picked.update({row: (self._together, number, int(shared[number])) for row in rows})
+        candidates = {
+            c.weight: c for options, row, place in picked.values() for c in options.lists[row][place]
+        }
+        used = dict.fromkeys(picked.values())
+        nbytes = sum(int(options.sizes[row, place]) for options, row, place in used)
+        return Choice(
+            {n: candidates[n] for n in self._names},
+            nbytes,
+            sum(float(options.harm[row, place]) for options, row, place in used),
+        )
+
+    def price(self, budget: int) -> float:
+        """Return the damage per byte from which on choices are within a budget, as far as any is."""
+        low, high = -80.0, 20.0  # logarithms
+        if self.at_price(math.exp(low)).nbytes <= budget:
+            return math.exp(low)
+        for _ in range(50):
+            middle = (low + high) / 2
+            if self.at_price(math.exp(middle)).nbytes <= budget:
+                high = middle
+            else:
+                low = middle
+        return math.exp(high)
+
+    def filled(self, choice: Choice, budget: int) -> Choice:
+        """Spend what the multipliers left over: the swap that saves most damage per byte, while one fits."""
+        own = self._alone
+        places = {}
+        for row, name in enumerate(self._names):
+            if "dictionary" not in choice.candidates[name].params:
+                places[row] = own.lists[row].index((choice.candidates[name],))
+        candidates = dict(choice.candidates)
+        slack, room = float(budget - choice.nbytes), math.inf
+        if self._operations is not None:
+            room = self._operations.budget - self._operations.after(candidates.values())
+        nbytes, damage = choice.nbytes, choice.damage
+        while slack > 0:
+            best: tuple[float, int, int] | None = None
+            for row, now in places.items():
+                more, gain = own.sizes[row] - own.sizes[row, now], own.harm[row, now] - own.harm[row]
+                fits = (more > 0) & (more <= slack) & (own.work[row] - own.work[row, now] <= room)
+                rate = np.where(fits, gain, -1.0) / np.maximum(more, 1.0)
+                place = int(np.argmax(rate))
+                if rate[place] > 0 and (best is None or rate[place] > best[0]):
+                    best = (float(rate[place]), row, place)
+            if best is None:
+                break
+            _, row, place = best
+            now, places[row] = places[row], place
+            slack -= own.sizes[row, place] - own.sizes[row, now]
+            room -= own.work[row, place] - own.work[row, now]
+            nbytes += int(own.sizes[row, place] - own.sizes[row, now])
+            damage += float(own.harm[row, place] - own.harm[row, now])
+            (candidates[self._names[row]],) = own.lists[row][place]
+        return Choice(candidates, nbytes, damage)
+
+    def _fits(self, choice: Choice) -> bool:
+        operations = self._operations
+        return operations is None or operations.after(choice.candidates.values()) <= operations.budget
 
 
 def damages(candidates: Sequence[Candidate], curves: Curves) -> Array:
@@ -229,40 +383,3 @@ def damages(candidates: Sequence[Candidate], curves: Curves) -> Array:
 def foreseen(candidate: Candidate, curves: Curves) -> float:
     """Return the damage that a candidate's curve foresees."""
     return float(damages([candidate], curves)[0])
-
-
-def _fill(
-    items: Sequence[Item],
-    curves: Curves,
-    choice: Choice,
-    budget: int,
-    overhead: Mapping[str, int],
-) -> Choice:
-    """Spend what the multiplier left over: the swap that saves most damage per byte, while one fits."""
-    candidates = dict(choice.candidates)
-    slack = budget - choice.nbytes
-    shared = {
-        n for item in items if item.together for n in item.names if "dictionary" in candidates[n].params
-    }
-    options: dict[str, tuple[Array, Array, tuple[Candidate, ...]]] = {}
-    for item in items:
-        for name, own in item.alone.items():
-            if name not in shared:
-                sizes = np.array([bytes_of(c, overhead) for c in own], np.float64)
-                options[name] = (sizes, damages(own, curves), own)
-    while slack > 0:
-        best: tuple[float, str, int] | None = None
-        for name, (sizes, harm, _) in options.items():
-            now = candidates[name]
-            size, damage = bytes_of(now, overhead), foreseen(now, curves)
-            gain = np.where((sizes > size) & (sizes <= size + slack), damage - harm, -1.0)
-            rate = gain / np.maximum(sizes - size, 1.0)
-            place = int(np.argmax(rate))
-            if gain[place] > 0 and (best is None or rate[place] > best[0]):
-                best = (float(rate[place]), name, place)
-        if best is None:
-            break
-        _, name, place = best
-        slack -= int(options[name][0][place]) - bytes_of(candidates[name], overhead)
-        candidates[name] = options[name][2][place]
-    return _collect([tuple(candidates.values())], curves, overhead)

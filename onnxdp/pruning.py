@@ -32,6 +32,12 @@ from onnxdp.weights import MIN_BYTES, Found
 
 LEVELS = (1e-3, 3e-3, 0.006, 0.01, 0.018, 0.03, 0.055, 0.1, 0.18, 0.3)
 """Relative losses of what channels feed, for all of a model's numbers, at which channels go."""
+DEAD = 1e-10
+"""Share of what its readers give below which a channel is dead ..."""
+APART = (1e4, 0.1)
+"""... unless beyond it, up to so many times as much, there are so many others for each: those that happen to
+be silent on made-up pictures do not stand apart (EfficientNet-Lite0: 271 dead ones, 105 beyond; losing them
+costs a tenth of the logits' energy on real pictures; ResNet-20 and 56: 13 and 52, none beyond, nothing)."""
 DAMPING = (0.01, 0.1)
 """delta over the mean diagonal of H: a + b * inputs / rows; made-up probes are not real inputs."""
 MOST_INPUTS = 6144
@@ -111,6 +117,30 @@ class Pruner:
                 clusters.remove(cluster)
                 self._eliminate(cluster, {n: seen.pop(n) for n in sorted(_ends(cluster))}, levels, fits)
         return fits
+
+    def dead(self) -> Dropped:
+        """Return the channels that give their readers nothing, where these are a kind of their own."""
+        stream = Stream(self._network, self._probes)
+        gives: dict[str, Array] = {}
+        every = sorted(_ends(self.chains), key=self._place)
+        for done, name in enumerate(every):
+            self._progress("looking for dead channels", done, len(every), name)
+            rows, _ = self._rows(stream, name)
+            w = self._matrix(name)
+            whole = float(np.square(rows @ w).sum(dtype=np.float64))
+            each = np.square(rows).sum(axis=0, dtype=np.float64) * np.square(w).sum(axis=1, dtype=np.float64)
+            gives[name] = np.append(each / (whole or 1.0), 0.0)  # place -1: no row
+        most: dict[str, Array] = {}
+        for chain in self.chains:
+            shares = [gives[n][self._seats([chain], n)].sum(axis=1) for n in _ends([chain])]
+            most[chain.weight] = np.max(shares, axis=0)
+        found = {n: np.flatnonzero(m <= DEAD) for n, m in most.items()}
+        silent = sum(map(len, found.values()))
+        if sum(int((m <= APART[0] * DEAD).sum()) for m in most.values()) > (1 + APART[1]) * silent:
+            return {}
+        limits = {c.weight: self.most(c) for c in self.chains}
+        kept = {n: tuple(channels[: limits[n]].tolist()) for n, channels in found.items()}
+        return {n: channels for n, channels in kept.items() if channels}
 
     def fitted(self, dropped: Dropped) -> Fit:
         """Return the network without some channels, readers fitted one after the other."""

@@ -95,6 +95,8 @@ class Candidate:
         ``||X (W - W')||_F / ||X W||_F`` with X the weight's probe inputs, ``||W - W'|| / ||W||`` without.
     damage : float or None
         Relative squared error it causes at the network's outputs; None until measured.
+    reason : str
+        Why it was chosen; empty until it is.
     """
 
     weight: str
@@ -103,6 +105,7 @@ class Candidate:
     nbytes: int
     error: float
     damage: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,19 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-accumulates of one sample through all Conv, Gemm and MatMul of the main graph."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Before over after."""
+        return self.before / max(self.after, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything that one run did."""
 
@@ -281,6 +297,7 @@ class Report:
     device: str
     notices: tuple[str, ...] = ()
     dry_run: bool = False
+    macs: Macs | None = None
     schema: int = SCHEMA
 
     @property
@@ -290,7 +307,10 @@ class Report:
 
     def to_json(self) -> str:
         """Give the report as JSON text."""
-        return json.dumps({**to_plain(self), "ratio": self.ratio}, indent=1)
+        plain = {**to_plain(self), "ratio": self.ratio}
+        if self.macs is not None:
+            plain["macs"]["ratio"] = self.macs.ratio
+        return json.dumps(plain, indent=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +327,8 @@ class FrontierPoint:
         Bytes of the whole file, exactly.
     sha256 : str or None
         Of that file, as ``compress --ratio`` writes it.
+    macs : Macs or None
+        Operations, where they were asked about.
     damage : float or None
         Relative squared error at the outputs, as foreseen for all weights together.
     error : float or None
@@ -326,6 +348,7 @@ class FrontierPoint:
     error: float | None
     reason: str | None
     seconds: float
+    macs: Macs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,15 @@ class Settings:
         "Largest relative error of the outputs on probe inputs; "
         f"{DEFAULT_MAX_ERROR} when no target is given.",
     )
+    macs: float | None = _setting(
+        None,
+        "Run with this many times fewer multiply-accumulates (original / compressed), beside a target; "
+        "alone, the file may have half its bytes.",
+    )
     method: str = _setting(
         "auto",
-        "How weights are stored: auto (quant; dp where an option of dictionary pairs is set), quant, dp, "
-        "float16, or a plug-in's name.",
+        "How weights are stored: auto (quant; with --macs pair, too; dp where an option of dictionary pairs "
+        "is set), quant, pair (rounded), dp, float16, or a plug-in's name.",
     )
     solver: str = _setting(
         "exact", "How dictionary pairs are found: exact, randomized or dpl (the published iteration)."
@@ -121,8 +126,8 @@ class Settings:
     )
     prune: bool | None = _setting(
         None,
-        "Take out inner channels that the network can do without; default: with rounded weights, "
-        "where the bytes they leave are worth more.",
+        "Take out inner channels that the network can do without, as far as the bytes they leave are worth "
+        "more; default: with rounded weights those that are dead.",
     )
     freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
     device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
@@ -147,6 +152,11 @@ class Settings:
         if self.max_error is not None and not (math.isfinite(self.max_error) and 0 < self.max_error < 1):
             raise UsageError(
                 f"--max-error is a relative error between 0 and 1, not {self.max_error:g}; try 0.03."
+            )
+        if self.macs is not None and not (math.isfinite(self.macs) and self.macs > 1):
+            raise UsageError(
+                f"--macs is original / compressed operations and must be above 1, not {self.macs:g}; "
+                "ask for 2 to halve them."
             )
         if self.size is not None:
             parse_size(self.size, 1)
@@ -208,18 +218,31 @@ class Settings:
             return math.floor(nbytes / self.ratio)
         if self.size is not None:
             return parse_size(self.size, nbytes)
-        return None
+        return nbytes // 2 if self._macs_alone else None
 
     @property
     def error_target(self) -> float | None:
         """Relative output error asked for (amplitude); None where bytes or fixed atoms are the target."""
+        if self._macs_alone:
+            return None
         if self.ratio is None and self.size is None and (self.atoms is None or self.max_error is not None):
             return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
         return None
 
     @property
+    def _macs_alone(self) -> bool:
+        """Whether operations are all that was asked for; then bytes only need not be wasted."""
+        return self.macs is not None and self.atoms is None and all(getattr(self, n) is None for n in TARGETS)
+
+    @property
     def target(self) -> str:
         """The target as one phrase, for the record."""
+        asked = [] if self._macs_alone else [self._bytes_or_error]
+        asked += [] if self.macs is None else [f"macs {self.macs:g}"]
+        return ", ".join(asked)
+
+    @property
+    def _bytes_or_error(self) -> str:
         if self.ratio is not None:
             return f"ratio {self.ratio:g}"
         if self.size is not None:

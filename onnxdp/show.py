@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Frontier,
         Inspection,
         Line,
+        Macs,
         Params,
         Plan,
         Report,
@@ -171,6 +172,8 @@ def report_lines(report: Report, target: str | None) -> list[str]:
     else:
         words = ["PASSED" if report.verification.passed else "FAILED"]
     words[0] += f" {_bytes(report.source.nbytes)} -> {_bytes(report.target.nbytes)} ({report.ratio:.2f}x)"
+    if report.macs is not None:
+        words.append(f"macs {_fewer(report.macs)}")
     if report.verification is not None:
         words.append(f"output error {_number(report.verification.error)}")
     if report.latency_ratio is not None:
@@ -201,7 +204,14 @@ def frontier_lines(frontier: Frontier, plot: str | None) -> list[str]:
     rows = [
         (f"{p.asked:g}x", "-", "-", "-", "-", p.reason or "")
         if p.nbytes is None or p.ratio is None or p.damage is None or p.error is None
-        else (f"{p.asked:g}x", str(p.nbytes), f"{p.ratio:.4g}x", _number(p.damage), _number(p.error), "")
+        else (
+            f"{p.asked:g}x",
+            str(p.nbytes),
+            f"{p.ratio:.4g}x",
+            _number(p.damage),
+            _number(p.error),
+            "" if p.macs is None else f"macs {_fewer(p.macs)}",
+        )
         for p in frontier.points
     ]
     got = [p for p in frontier.points if p.nbytes is not None]
@@ -381,6 +391,10 @@ def _bytes(nbytes: int) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.2g}"
+
+
+def _fewer(macs: Macs) -> str:
+    return f"{macs.before} -> {macs.after} ({macs.ratio:.2f}x)"
 
 
 def _times(ratio: float) -> str:

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from onnxdp.network import Network, bias_input
@@ -21,6 +22,8 @@ from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
 
 _ROWS = 1024
+
+_PRODUCTS = frozenset(("Conv", "Gemm", "MatMul"))
 
 MAX_BYTES = 96_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
@@ -316,3 +319,27 @@ def shifted_bias(network: Network, found: Found, name: str, shift: Array) -> dic
 def macs(weights: Sequence[Weight]) -> int:
     """Return the multiply-accumulates of one sample through the weights."""
     return sum(w.size * w.positions for w in weights)
+
+
+def operations(network: Network, feed: Mapping[str, Array], samples: int) -> int:
+    """Return the multiply-accumulates of one sample through all Conv, Gemm and MatMul of the main graph.
+
+    Counted from the shapes of one run; products of activations are among them.
+    """
+    nodes = [n for n in network.proto.graph.node if n.op_type in _PRODUCTS and not n.domain]
+    wanted = sorted({name for n in nodes for name in (*n.input[:2], n.output[0])})
+    given = {t.name: tuple(t.dims) for t in network.proto.graph.initializer}
+    given |= {name: array.shape for name, array in {**network.fed, **feed}.items()}
+    made = [name for name in wanted if name not in given]
+    outputs = network.run(network.session(made), feed, made, {}) if made else {}
+    shapes = given | {name: array.shape for name, array in outputs.items()}
+    return sum(_products(n, shapes) for n in nodes) // samples
+
+
+def _products(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the multiply-accumulates of one node: numbers that it makes, times numbers summed for each."""
+    left, right, made = (shapes[name] for name in (*node.input[:2], node.output[0]))
+    if node.op_type == "Conv":
+        return math.prod(made) * math.prod(right[1:])
+    turned = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(made) * left[0 if turned else -1]

@@ -104,6 +104,7 @@ class Thinner:
         mine = chains(found, self._shapes)
         self._pruner = Pruner(network, found, fit, mine, seed=settings.seed, progress=progress)
         self._options: list[Option] | None = None
+        self._dead: Dropped | None = None
         made_up = held_out.seed is not None and not held_out.parts
         self._trust = TRUST[0] if made_up else TRUST[1]
 
@@ -114,7 +115,7 @@ class Thinner:
         return settings.error_target is not None or bits < MOST_BITS
 
     def choose(self, settings: Settings, bits: float) -> Dropped:
-        """Return the channels whose going is worth what it saves, under a target.
+        """Return the channels whose going is worth what it saves, under a target; unasked, dead ones only.
 
         Parameters
         ----------
@@ -124,6 +125,11 @@ class Thinner:
         """
         if not self.wanted(settings, bits):
             return {}
+        if not settings.prune:
+            if self._dead is None:
+                with arrays.one_blas_thread():
+                    self._dead = self._pruner.dead()
+            return self._dead if self._pruner.share(self._dead) >= WORTH else {}
         if self._options is None:
             with arrays.one_blas_thread():
                 self._options = self._measured()

@@ -202,6 +202,25 @@ def unblocks(weight: Weight, stack: Array, axis: str = "rows", parts: int = 1) -
     return (w.swapaxes(1, 2) if weight.transposed else w).reshape(weight.shape)
 
 
+def even(node: ir.Node, weight: Weight) -> bool:
+    """Whether a node is a Conv with as many output as input positions along every axis."""
+    if node.op_type != "Conv":
+        return False
+    held = node.attributes
+    kernel = weight.shape[2:]
+    ones = [1] * len(kernel)
+    strides, dilations = (list(held[k].as_ints()) if k in held else ones for k in ("strides", "dilations"))
+    if any(s != 1 for s in strides):
+        return False
+    if "auto_pad" in held and held["auto_pad"].as_string() != "NOTSET":
+        return held["auto_pad"].as_string() in ("SAME_UPPER", "SAME_LOWER")
+    pads = list(held["pads"].as_ints()) if "pads" in held else [0] * (2 * len(kernel))
+    return all(
+        pads[i] + pads[i + len(kernel)] == (k - 1) * d
+        for i, (k, d) in enumerate(zip(kernel, dilations, strict=True))
+    )
+
+
 def can_centre(found: Found, weight: Weight) -> bool:
     """Whether the mean's share of the output error can be put into a bias: one Conv or Gemm reads x W."""
     readers = found.readers[weight.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from rewriting import FORMS, draw, pair, session
 
 from onnxdp.build import DTYPES, Builder, Paper
 from onnxdp.errors import MethodError, PlanError, UsageError
-from onnxdp.methods import form
+from onnxdp.methods import form, streams
 from onnxdp.methods.form import Task
 from onnxdp.records import Encoded, Weight
 from onnxdp.settings import Settings
@@ -78,9 +79,9 @@ def stored_bytes(model: ir.Model, encoded: Encoded) -> int:
     own = [t for t in held if t.name.startswith("W.") or t.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)]
     structure = {t.dtype for t in held} - {t.dtype for t in own}
     assert structure <= {ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT32}
-    alone = encoded.arrays.get("scale", np.zeros(0))
-    wide = [t for t in own if t.name == "W.scale" and t.const_value.nbytes == 2 * alone.nbytes]
-    return sum(t.const_value.nbytes for t in own) - sum(alone.nbytes for _ in wide)
+    alone = {f"W.{role}": a.nbytes for role, a in encoded.arrays.items() if role.endswith("scale")}
+    wide = [alone[t.name] for t in own if t.const_value.nbytes == 2 * alone.get(t.name, -1)]
+    return sum(t.const_value.nbytes for t in own) - sum(wide)
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))
@@ -99,7 +100,8 @@ def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data)
     method.check(weight, candidate.params)
     (encoded,) = solved.encode([task], [candidate.params])
     assert candidate.nbytes == method.cost(weight, candidate.params) == encoded.nbytes
-    model = drawn(method, weight, encoded)
+    with mock.patch.object(streams, "SMALL", 0):  # the factors of a pair might share words
+        model = drawn(method, weight, encoded)
     assert stored_bytes(model, encoded) == encoded.nbytes
     proto = ir.to_proto(model)
     made = session(proto)
@@ -117,7 +119,9 @@ def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data)
     assert np.all(np.abs(got.astype(np.float64) - wanted) <= (1 + half) * eps * most + tiny)
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.parametrize(
+    "name", sorted(set(FORMS) - {"pair"})
+)  # care with atoms poses the codes another task
 @given(weight=weights_())
 @settings(max_examples=20, deadline=None)
 def test_encoding_one_choice_equals_encoding_from_the_curve(name, weight):
@@ -226,6 +230,7 @@ def test_an_unknown_method_is_refused_with_those_there_are():
 
 def test_rounding_and_float16_stand_behind_auto():
     assert [f.name for f in form.forms_for("auto")] == ["quant", "float16"]
+    assert [f.name for f in form.forms_for("auto", lighter=True)] == ["quant", "pair", "float16"]
     assert [f.name for f in form.forms_for("dp")] == ["dp", "float16"]
     assert [f.name for f in form.forms_for("float16")] == ["float16"]
 

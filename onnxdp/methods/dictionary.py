@@ -44,9 +44,9 @@ _MIN_BLOCK = 8
 """Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which pictures hardly fill."""
 _POINTS = (0.75, 0.5, 0.3)
 """Shares of the float16 bytes whose candidates' damage is measured first: every curve needs a foot."""
-_LANES = 16
+LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
-_MAX_MACS = 0.8
+MAX_MACS = 0.8
 """Multiply-accumulates of the two operators over those of the one, up to which they were never slower."""
 
 
@@ -141,6 +141,10 @@ class DictionaryPair:
         return _Pairs([task], settings, device, ((str(params["axis"]), int(params["parts"])),)).encode(
             [task], [params]
         )[0]
+
+    def macs(self, weight: Weight, params: Params) -> float:
+        """Return the multiply-accumulates over those of the weight as it was."""
+        return _macs(weight, params) if params["run"] == "split" else 1.0
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Multiply the factors, in float32."""
@@ -245,7 +249,7 @@ class _Pairs:
             atoms, _ = layout.factored.pair(stack, rank)
             codes = [p.codes(rank) for p in layout.projected]
         elif self._settings.solver == "dpl":
-            moment = _moment(tasks, layout.axis, layout.parts, self._device)
+            moment = moment_of(tasks, layout.axis, layout.parts, self._device)
             start = arrays.normal((*stack.shape[:-1], rank), self._settings.seed, stack)
             atoms, own = solvers.dpl(
                 stack, rank, start=start, moment=moment, iterations=self._settings.iterations
@@ -266,7 +270,7 @@ class _Pairs:
             project(
                 arrays.to_device(_stack([t], axis, parts), self._device),
                 atoms,
-                _moment([t], axis, parts, self._device),
+                moment_of([t], axis, parts, self._device),
             )
             for t in tasks
         )
@@ -274,7 +278,7 @@ class _Pairs:
 
     def _factor(self, tasks: Sequence[Task], axis: str, parts: int, least: int = 1) -> Factored:
         stack = arrays.to_device(_stack(tasks, axis, parts), self._device)
-        moment = _moment(tasks, axis, parts, self._device)
+        moment = moment_of(tasks, axis, parts, self._device)
         rank = max(least, min(min(stack.shape[-2:]), self._most_atoms(axis, parts)))
         if self._settings.atoms:
             rank = max(rank, min(self._settings.atoms, *stack.shape[-2:]))
@@ -377,7 +381,7 @@ def _break_even(m: int, n: int, dense: int) -> int:
 
 def _ranks(most: int) -> list[int]:
     """Every rank where layers are small; multiples of 16 beyond 128, where steps are fine enough without."""
-    return [r for r in range(1, most + 1) if r <= 64 or (r <= 128 and r % 4 == 0) or r % _LANES == 0]
+    return [r for r in range(1, most + 1) if r <= 64 or (r <= 128 and r % 4 == 0) or r % LANES == 0]
 
 
 def _stack(tasks: Sequence[Task], axis: str, parts: int) -> Array:
@@ -388,7 +392,7 @@ def _stack(tasks: Sequence[Task], axis: str, parts: int) -> Array:
     return np.concatenate([s / np.float32(np.linalg.norm(s) or 1.0) for s in stacks], axis=-1)
 
 
-def _moment(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment | None:
+def moment_of(tasks: Sequence[Task], axis: str, parts: int, device: str) -> Moment | None:
     """Return the second moment of the blocks' inputs; of several tasks the mean, each of unit trace."""
     if any(t.samples is None for t in tasks):
         return None
@@ -418,6 +422,6 @@ def _macs(weight: Weight, params: Params) -> float:
 def _pays_split(weight: Weight, params: Params) -> bool:
     """Whether two operators are no slower than one (runtime.md section 4)."""
     atoms, parts = int(params["atoms"]), int(params["parts"])
-    if not emission.can_split(weight, params) or _macs(weight, params) > _MAX_MACS or atoms % _LANES:
+    if not emission.can_split(weight, params) or _macs(weight, params) > MAX_MACS or atoms % LANES:
         return False
-    return parts == 1 or (weight.channels // parts) % _LANES == 0
+    return parts == 1 or (weight.channels // parts) % LANES == 0

@@ -51,6 +51,8 @@ class Task:
     given to sequential forms, which make W move towards it (method.md 1.3)."""
     quick: bool = False
     """Whether the result is only to be measured: little effort will do."""
+    even: bool = False
+    """Whether the reader is a Conv with as many output as input positions along every axis."""
     also: tuple[float, ...] = ()
     """What further targets leave, that the same solution is to serve (:class:`Aimed`)."""
 
@@ -77,6 +79,14 @@ class Aimed(Protocol):
 
     def aim(self, bits: float) -> None:
         """Turn to another target: ``bits`` is the task's own or among its ``also``."""
+
+
+@runtime_checkable
+class Lighter(Protocol):
+    """A form that can change how many operations a run takes."""
+
+    def macs(self, weight: Weight, params: Params) -> float:
+        """Return the multiply-accumulates over those of the weight as it was."""
 
 
 @runtime_checkable
@@ -161,7 +171,10 @@ def load(name: str) -> Form:
     return form
 
 
-def forms_for(method: str) -> tuple[Form, ...]:
-    """Return the forms a method name stands for; ``auto`` is the best of what is built, today ``quant``."""
-    name = "quant" if method == "auto" else method
-    return tuple(load(n) for n in dict.fromkeys((name, FALLBACK)))
+def forms_for(method: str, *, lighter: bool = False) -> tuple[Form, ...]:
+    """Return the forms a method name stands for.
+
+    ``auto`` is the best of what is built, today ``quant``, and ``pair`` where runs are to become ``lighter``.
+    """
+    names = [method] if method != "auto" else ["quant", "pair"] if lighter else ["quant"]
+    return tuple(load(n) for n in dict.fromkeys((*names, FALLBACK)))

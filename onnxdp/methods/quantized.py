@@ -211,6 +211,13 @@ class Problem:
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
         return digits, scale, (max(lost, 0.0) / (whole or 1.0)) ** 0.5
 
+    def target(self, task: Task, device: str) -> arrays.Array:
+        """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""
+        host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        w = arrays.to_device(host.reshape(host.shape[0] * self.parts, -1, host.shape[2]), device)
+        moved = self._moved(w, task, slice(None), device)
+        return arrays.namespace(moved).reshape(moved, host.shape)
+
     def _moved(self, w: arrays.Array, task: Task, columns: slice, device: str) -> arrays.Array:
         """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
         if task.lack is None or task.samples is None or self.curvature.plain:
@@ -266,9 +273,7 @@ class _Roundings:
         """
         steps = np.log([a.levels for a in self._steps])
         errors = np.log([max(self._made[a].error, 1e-12) for a in self._steps])
-        found = [
-            self._candidate(Alphabet(n), float(np.exp(_along(np.log(n), steps, errors)))) for n in LEVELS
-        ]
+        found = [self._candidate(Alphabet(n), float(np.exp(along(np.log(n), steps, errors)))) for n in LEVELS]
         for tried in self._vectors:
             like = (a for a in _tables(self._weight) if a.dim == tried.dim)
             rate = self._made[tried].error / coarseness(tried) ** 0.5
@@ -318,7 +323,7 @@ def _unit(alphabet: Alphabet) -> float:
     return packing.unit(alphabet.levels) if alphabet.dim == 1 else 1.0
 
 
-def _along(x: float, xs: Array, ys: Array) -> float:
+def along(x: float, xs: Array, ys: Array) -> float:
     """Return the line through the outer points; errors of numbers of levels are nearly one in logarithms."""
     slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0])
     return float(ys[0] + np.clip(slope, *_SLOPES) * (x - xs[0]))

@@ -82,6 +82,7 @@ def draw(build: Builder, part: Part) -> ir.Value:
     part.value.name = build.terse()
     part.value.type = ir.TensorType(DTYPES[part.weight.dtype])
     part.value.shape = ir.Shape(part.weight.shape)
+    build.promise(part.value)
     build.later("rounded weights", (build, part), _all)
     return part.value
 
