@@ -24,6 +24,8 @@ from onnxdp.probes import Probes
 from onnxdp.pruning import Pruner
 from onnxdp.settings import silent
 
+EPS32 = float(np.finfo(np.float32).eps)
+
 C, WIDE = 16, 24
 """Channels of a chain, and outputs of what reads it."""
 
@@ -342,6 +344,34 @@ def test_merging_repairs_what_dropping_alone_loses():
     feed = {"x": rewriting.draw(np.random.default_rng(3), 8, 8, 12, 12)}
     (a,), (b,), (c,) = (rewriting.run(p, feed) for p in (proto, merged, bare))
     assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a - c)
+
+
+def test_dead_channels_are_those_that_give_nothing_and_nothing_changes_without_them():
+    proto = chained(dead=6)
+    mine, _ = pruner(proto)
+    dropped = mine.dead()
+    assert dropped == {"A": tuple(range(6))}
+    fit = mine.fitted(dropped)
+    feed = {"x": rewriting.draw(np.random.default_rng(3), 8, 8, 12, 12)}
+    (a,), (b,) = (
+        rewriting.run(proto, feed),
+        rewriting.run(without(proto, dropped, fit.tensors, fit.shifts), feed),
+    )
+    # the least squares are solved in float64 from sums of 32 channels x 9 taps in float32
+    assert np.linalg.norm(a - b) <= 32 * 9 * EPS32 * np.linalg.norm(a)
+
+
+def test_channels_that_are_only_quiet_are_not_dead():
+    """Where many give next to nothing, those that give nothing may be silent on these probes only."""
+    proto = chained(dead=6)
+    weight, bias = (numpy_helper.to_array(i).copy() for i in proto.graph.initializer[:2])
+    weight[6:9] *= 1e-3
+    bias[6:9] = 0
+    for place, array in ((0, weight), (1, bias)):
+        name = proto.graph.initializer[place].name
+        proto.graph.initializer[place].CopyFrom(numpy_helper.from_array(array, name))
+    mine, _ = pruner(proto)
+    assert mine.dead() == {}
 
 
 # The whole way
