@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
+from onnxdp.build import unlike_others
 from onnxdp.errors import PlanError
 from onnxdp.methods.form import Aimed, Form, Lighter, Solved, Task
 from onnxdp.network import Network
@@ -185,9 +186,11 @@ class Workshop:
         return {name: shift for name, shift in shifts.items() if shift is not None}
 
     def no_shifts(self, encoded: Sequence[Encoded]) -> dict[str, Array]:
-        """Return zeros where :meth:`shifts` has numbers: enough to count bytes."""
+        """Return numbers where :meth:`shifts` has some: enough to count bytes."""
         weights_ = (self.weights[e.weight] for e in encoded if e.weight in self._means)
-        return {w.name: np.zeros(w.groups * w.outputs, np.float32) for w in weights_}
+        return {
+            w.name: unlike_others(np.zeros(w.groups * w.outputs, np.float32), w.name) / 1024 for w in weights_
+        }
 
     def _shift(self, encoded: Encoded, decoded: Array) -> Array | None:
         mean = self._means.get(encoded.weight)

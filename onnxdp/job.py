@@ -258,6 +258,8 @@ class Job:
             arrays.trim()
         with _clock(self.seconds, "refitting"):
             refit = self._refitted(search, choice)
+            if budget is not None:
+                choice, refit = self._kept_within(search, choice, refit, budget, reached)
         candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]
         named = {c.weight for c in candidates}
         kept = [
@@ -277,6 +279,24 @@ class Job:
             (*kept, *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
         )
+
+    def _kept_within(
+        self, search: Search, choice: Choice, refit: bool, budget: int, reached: int
+    ) -> tuple[Choice, bool]:
+        """Return a choice whose arrays, as they are, fit the budget: an outline may foresee too few bytes."""
+        aim = budget
+        for _ in range(3):
+            assert self._encoded is not None
+            over = model_file.output_size(self._rewritten(*self._encoded)) - budget
+            if over <= 0:
+                break
+            aim -= over
+            log.info("the file is %d bytes beyond the budget: choosing again", over)
+            fitting = self._fitting(search, aim, aim - reached + search.smallest().nbytes)
+            choice = search.smallest() if fitting is None else fitting[0]
+            self._encoded = None
+            refit = self._refitted(search, choice)
+        return choice, refit
 
     def _operations(self, search: Search) -> Operations | None:
         """Return what a run may cost, where that is asked for.

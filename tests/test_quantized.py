@@ -351,6 +351,20 @@ def test_a_budget_is_kept_and_a_dry_run_says_its_bytes(ratio, method, tmp_path, 
     assert set(session_ops) <= {n.op_type for n in onnx.load("out.onnx").graph.node}
 
 
+@pytest.mark.parametrize("method", ["quant", "float16"])
+def test_equal_shapes_are_not_taken_for_equal_numbers(method, tmp_path):
+    """Equal small constants are stored once in the file, but those of an outline stand for others."""
+    rng = np.random.default_rng(5)
+    tensors = {n: draw(rng, 16, 16, 1, 1) for n in "ABCDEF"}
+    body = "a = Conv(x, A) b = Conv(a, B) c = Conv(b, C) d = Conv(c, D) e = Conv(d, E) y = Conv(e, F)"
+    onnx.save(model(body, "float[N,16,8,8] x", "float[N,16,8,8] y", tensors), tmp_path / "in.onnx")
+    before = (tmp_path / "in.onnx").stat().st_size
+    source, out = tmp_path / "in.onnx", tmp_path / "o.onnx"
+    for ratio in (1.55, 1.6) if method == "float16" else (2.5, 3, 4):
+        package.compress(source, out, ratio=ratio, samples=8, short_names=True, method=method, overwrite=True)
+        assert out.stat().st_size <= before // ratio
+
+
 # ---- plans
 
 

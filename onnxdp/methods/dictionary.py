@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxdp import arrays, weights
-from onnxdp.build import Builder
+from onnxdp.build import Builder, unlike_others
 from onnxdp.errors import PlanError
 from onnxdp.methods import emission, solvers
 from onnxdp.methods.form import Solved, Task
@@ -103,12 +103,14 @@ class DictionaryPair:
             )
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
-        """Return zeros."""
+        """Return arrays of their shapes."""
         m, n = _block_shape(weight, str(params["axis"]), int(params["parts"]))
         count, atoms = weight.groups * int(params["parts"]), int(params["atoms"])
         shared = {"atoms": str(params["dictionary"])} if "dictionary" in params else {}
         dtype = str(params["dtype"])
-        factors = {"atoms": np.zeros((count, m, atoms), dtype), "codes": np.zeros((count, atoms, n), dtype)}
+        shapes = {"atoms": (count, m, atoms), "codes": (count, atoms, n)}
+        owners = {"codes": weight.name} | {"atoms": f"{shared.get('atoms', weight.name)} atoms"}
+        factors = {role: unlike_others(np.zeros(s, dtype), owners[role]) for role, s in shapes.items()}
         return Encoded(weight.name, self.name, dict(params), factors, 0.0, shared)
 
     def groups(

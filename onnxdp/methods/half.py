@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxdp.build import Builder
+from onnxdp.build import Builder, unlike_others
 from onnxdp.errors import PlanError
 from onnxdp.methods.form import Solved, Task
 from onnxdp.records import Array, Candidate, Encoded, Params, Weight
@@ -41,8 +41,9 @@ class Float16:
             raise PlanError(f"{weight.name}: float16 takes no parameter, so {dict(params)} must go.")
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
-        """Return zeros."""
-        return Encoded(weight.name, self.name, {}, {"half": np.zeros(weight.shape, np.float16)}, 0.0)
+        """Return an array of its shape."""
+        half = unlike_others(np.zeros(weight.shape, np.float16), weight.name)
+        return Encoded(weight.name, self.name, {}, {"half": half}, 0.0)
 
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool

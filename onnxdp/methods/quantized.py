@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxdp import arrays, weights
-from onnxdp.build import Builder, half_of
+from onnxdp.build import Builder, half_of, unlike_others
 from onnxdp.errors import PlanError
 from onnxdp.methods import packing, streams
 from onnxdp.methods.form import Solved, Task
@@ -98,8 +98,9 @@ class Quantized:
     def outline(self, weight: Weight, params: Params) -> Encoded:
         """Return arrays of the right shapes and types."""
         levels, dim = Alphabet.of(params)
-        words = Packing.best(levels, weight.size // dim, OPSET).pack(np.zeros(weight.size // dim, np.uint8))
-        scale = np.ones(_columns(weight), np.float16)
+        digits = unlike_others(np.zeros(weight.size // dim, np.uint8), weight.name, levels)
+        words = Packing.best(levels, digits.size, OPSET).pack(digits)
+        scale = unlike_others(np.ones(_columns(weight), np.float16), weight.name)
         return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
@@ -324,9 +325,11 @@ def _unit(alphabet: Alphabet) -> float:
 
 
 def along(x: float, xs: Array, ys: Array) -> float:
-    """Return the line through the outer points; errors of numbers of levels are nearly one in logarithms."""
-    slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0])
-    return float(ys[0] + np.clip(slope, *_SLOPES) * (x - xs[0]))
+    """Interpolate; beyond the ends, the slope between them goes on, as far as errors of levels have such."""
+    slope = float(np.clip((ys[-1] - ys[0]) / (xs[-1] - xs[0]), *_SLOPES))
+    if x < xs[0]:
+        return float(ys[0] + slope * (x - xs[0]))
+    return float(ys[-1] + slope * (x - xs[-1])) if x > xs[-1] else float(np.interp(x, xs, ys))
 
 
 def _is_matrix(weight: Weight) -> bool:
