@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxdp import arrays, guard, planner, preparation, runtime, stats, timing, verifier, walk, weights
 from onnxdp import model as model_file
-from onnxdp.damage import Named, Search, within_error, within_error_encoded
+from onnxdp.damage import Named, Search
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError, VerifyError
 from onnxdp.meter import Meter
@@ -46,6 +46,7 @@ from onnxdp.records import (
 from onnxdp.refine import refine
 from onnxdp.settings import Progress, Settings
 from onnxdp.thinning import Thinner
+from onnxdp.tolerance import within_error, within_error_encoded
 from onnxdp.weights import Found
 
 MIN_GAIN = 0.01
