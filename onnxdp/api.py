@@ -13,7 +13,7 @@ import numpy as np
 from onnxdp import arrays, environment, frontier, runtime, timing, verifier, weights
 from onnxdp import model as model_file
 from onnxdp.errors import PlanError, UsageError
-from onnxdp.job import ENCODING_SETTINGS, Job, file_of
+from onnxdp.job import ENCODING_SETTINGS, Job
 from onnxdp.passes import FreezeInitializers
 from onnxdp.preparation import probes_for
 from onnxdp.records import (
@@ -27,6 +27,7 @@ from onnxdp.records import (
     Verification,
     Weight,
 )
+from onnxdp.result import file_of
 from onnxdp.settings import Progress, Settings, silent
 from onnxdp.weights import Found
 

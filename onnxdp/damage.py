@@ -337,6 +337,17 @@ class Search:
             for c in choice.candidates.values()
         )
 
+    def why_kept(self, name: str) -> str:
+        """Say why a weight stays: what every form says, that none is smaller, or that none was worth it."""
+        weight = self.workshop.weights[name]
+        refusals = [f.supports(weight) for f in self.workshop.forms.values()]
+        if all(refusals):
+            return "; ".join(r for r in refusals if r)
+        (item,) = (i for i in self.items if name in i.names)
+        if len(item.alone[name]) == 1 and not item.together:  # the first is to keep it
+            return "no form of it is smaller"
+        return "nothing smaller was worth its damage"
+
     def _why(self, chosen: Candidate) -> str:
         """Say why a weight's form was chosen: what the best other form does in no more bytes."""
         share = self.workshop.macs(chosen)

@@ -18,8 +18,9 @@ from typing import Any
 from onnxdp import model as model_file
 from onnxdp import runtime, verifier
 from onnxdp.errors import TargetError, UsageError, VerifyError
-from onnxdp.job import ENCODING_SETTINGS, Job, file_of, versions
+from onnxdp.job import ENCODING_SETTINGS, Job
 from onnxdp.records import File, Frontier, FrontierPoint, Plan, to_plain
+from onnxdp.result import file_of, versions
 from onnxdp.settings import TARGETS, Progress, Settings
 from onnxdp.verifier import Reference
 

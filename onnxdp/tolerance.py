@@ -9,16 +9,28 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
+from onnxdp import model as model_file
+from onnxdp import runtime, verifier
 from onnxdp.damage import Search
 from onnxdp.errors import TargetError
+from onnxdp.model import Model
 from onnxdp.planner import Choice
+from onnxdp.probes import Probes
 from onnxdp.records import Array, Encoded
+from onnxdp.result import LARGE, Rewriter
 
 _ENCODINGS = {False: 5, True: 3}
 """Times that a choice is encoded on the way to an error, and where the network is costly."""
 
+NARROW_SHARE = 0.1
+"""Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
+
 log = logging.getLogger(__name__)
+
+Measure: TypeAlias = Callable[[list[Encoded], dict[str, Array]], float]
+"""Gives the relative output error of encoded weights and of what biases gain."""
 
 
 def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
@@ -58,7 +70,7 @@ def within_error_encoded(
     search: Search,
     limit: float,
     encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]],
-    measure: Callable[[list[Encoded], dict[str, Array]], float],
+    measure: Measure,
 ) -> tuple[Choice, tuple[list[Encoded], dict[str, Array]]]:
     """Return the smallest choice found whose outputs, once encoded layer by layer, stay within ``limit``.
 
@@ -114,3 +126,24 @@ def _within_damage(search: Search, allowed: float) -> Choice:
         else:
             high = middle
     return best
+
+
+def file_error(search: Search, limit: float, rewriter: Rewriter, original: Model, probes: Probes) -> Measure:
+    """Return what measures the output error of arrays in the file they give, small vectors included.
+
+    These stay exact from the first measurement on in which float16 takes too much of the limit.
+    """
+    if original.nbytes > LARGE:
+        return lambda encoded, shifts: search.measured(encoded, shifts)[1]
+    reference = verifier.Reference.of(runtime.session(model_file.serialize(original)), probes)
+
+    def measure(encoded: list[Encoded], shifts: dict[str, Array]) -> float:
+        made = model_file.serialize(rewriter.rewritten(encoded, shifts))
+        outputs = verifier.compare(reference, runtime.session(made), probes).outputs
+        error = max((o.relative for o in outputs), default=0.0)
+        if rewriter.narrowed and error - search.measured(encoded, shifts)[1] > NARROW_SHARE * limit:
+            rewriter.narrowed = False
+            return measure(encoded, shifts)
+        return error if math.isfinite(error) else math.inf
+
+    return measure
