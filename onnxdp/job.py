@@ -43,7 +43,7 @@ from onnxdp.records import (
 )
 from onnxdp.refine import refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
-from onnxdp.settings import Progress, Settings
+from onnxdp.settings import CALIBRATION, Progress, Settings
 from onnxdp.thinning import Thinner
 from onnxdp.tolerance import file_error, within_error, within_error_encoded
 from onnxdp.weights import Found
@@ -69,8 +69,12 @@ ENCODING_SETTINGS = (
     "exclude",
     "samples",
     "seed",
+    *CALIBRATION,
 )
 """Settings that decide what the arrays of a choice become: a plan carries them."""
+
+REAL = "real_inputs"
+"""What a plan carries beside these: the setting that gave real inputs, whose data it cannot hold."""
 
 
 @dataclass(slots=True)
@@ -249,14 +253,11 @@ class Job:
         kept = [
             Kept(w.name, search.why_kept(w.name), w.nbytes) for w in self.found.weights if w.name not in named
         ]
-        settings = {k: v for k, v in to_plain(self.settings).items() if k in ENCODING_SETTINGS} | {
-            "refit": refit
-        }
         return Plan(
             self.model.sha256,
             self.settings.target,
             budget,
-            settings,
+            carried(self.settings) | {"refit": refit},
             tuple(candidates),
             (*kept, *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
@@ -382,6 +383,12 @@ class Job:
             return refine(self.workshop, self.network, self.fit, candidates, self.progress)
         encoded = self.workshop.encode(candidates)
         return encoded, self.workshop.shifts(encoded)
+
+
+def carried(settings: Settings) -> dict[str, Any]:
+    """Return what a plan has to say of settings, as plain values."""
+    said = {k: v for k, v in to_plain(settings).items() if k in ENCODING_SETTINGS}
+    return said | {REAL: settings.real_inputs}
 
 
 @contextmanager
