@@ -13,7 +13,7 @@ import numpy as np
 from onnxdp import arrays, environment, frontier, runtime, timing, verifier, weights
 from onnxdp import model as model_file
 from onnxdp.errors import PlanError, UsageError
-from onnxdp.job import ENCODING_SETTINGS, Job, file_of
+from onnxdp.job import ENCODING_SETTINGS, REAL, Job
 from onnxdp.passes import FreezeInitializers
 from onnxdp.preparation import probes_for
 from onnxdp.records import (
@@ -27,7 +27,8 @@ from onnxdp.records import (
     Verification,
     Weight,
 )
-from onnxdp.settings import Progress, Settings, silent
+from onnxdp.result import file_of
+from onnxdp.settings import REAL_INPUTS, Progress, Settings, silent
 from onnxdp.weights import Found
 
 
@@ -99,17 +100,18 @@ def apply(
     overwrite: bool = False,
     dry_run: bool = False,
     inputs: Path | None = None,
+    calibrate: Path | None = None,
     device: str = "auto",
     progress: Progress = silent,
 ) -> Result:
-    """Carry out a plan.
+    """Carry out a plan; one that was made on real inputs needs them again.
 
     Raises
     ------
     PlanError
-        The plan was made for another model, or names what does not exist.
+        The plan was made for another model, on real inputs that are missing, or names what does not exist.
     """
-    settings = _settings_of(plan, inputs=inputs, device=device)
+    settings = _settings_of(plan, inputs=inputs, calibrate=calibrate, device=device)
     with arrays.one_blas_thread():
         job = Job.start(source, settings, progress, plan=plan)
         job.check(plan)
@@ -222,14 +224,22 @@ def _opened(source: Any) -> tuple[Any, Any]:
 
 def _settings_of(made: Plan, **extra: Any) -> Settings:
     """Rebuild the settings that encoding depends on from a plan."""
-    unknown = sorted(set(made.settings) - set(ENCODING_SETTINGS))
+    known = (*ENCODING_SETTINGS, REAL)
+    unknown = sorted(set(made.settings) - set(known))
     if unknown:
         raise PlanError(f"The plan's settings have an unknown entry {unknown[0]!r}; remove it.")
-    missing = [n for n in ENCODING_SETTINGS if n not in made.settings]
+    missing = [n for n in known if n not in made.settings]
     if missing:
         raise PlanError(f"The plan's settings lack {missing[0]!r}; write it again with 'onnxdp plan'.")
+    said = dict(made.settings)
+    real = said.pop(REAL)
+    if real is not None and (real not in REAL_INPUTS or extra[real] is None):
+        option = f"--{real}" if real in REAL_INPUTS else " or ".join(f"--{n}" for n in REAL_INPUTS)
+        raise PlanError(
+            f"The plan was made on real inputs, which it does not hold; give them again with {option}."
+        )
     try:
-        return Settings(**made.settings, **extra)
+        return Settings(**said, **extra)
     except UsageError as e:
         raise PlanError(f"The plan's settings are unusable: {e.message}") from e
 

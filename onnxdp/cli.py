@@ -367,21 +367,24 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: _
 @click.argument("source", metavar="IN", type=_FILE)
 @click.argument("plan", metavar="P.json", type=_FILE)
 @click.argument("target", metavar="[OUT]", type=_FILE, required=False)
-@_settings("inputs", "device")
+@_settings("inputs", "calibrate", "device")
 @_writing
 @_talking
 def apply(
     source: Path,
     plan: Path,
     target: Path | None,
-    inputs: Path | None,
-    device: str,
     overwrite: bool,
     dry_run: bool,
     report: Path | None,
     talk: _Talk,
+    **settings: Any,
 ) -> int:
-    """Write OUT by carrying out a plan that was made for IN."""
+    """Write OUT by carrying out a plan that was made for IN.
+
+    A plan that was made with --inputs or --calibrate needs the same again; how pictures are prepared it
+    knows.
+    """
     files.distinct(plan, target)
     files.distinct(plan, report)
     _ready(source, target, overwrite=overwrite, dry_run=dry_run, report=report)
@@ -394,9 +397,8 @@ def apply(
             target,
             overwrite=overwrite,
             dry_run=dry_run,
-            inputs=inputs,
-            device=device,
             progress=progress,
+            **settings,
         ).report
     return _conclude(result, target, report, talk)
 

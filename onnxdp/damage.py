@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TypeAlias
@@ -33,8 +33,6 @@ APART = 1.5
 """Damage as a whole over the sum of its parts, beyond which the choice is repaired."""
 SLIGHT = 0.01
 """Damage that is not worth a repair."""
-_ENCODINGS = {False: 5, True: 3}
-"""Times that a choice is encoded on the way to an error, and where the network is costly."""
 LIMIT = 3.0
 """Most by which one repair may change what a weight counts."""
 TRUST = 0.5
@@ -75,6 +73,8 @@ class Search:
     """Damage of the candidates that were measured; searches for several targets share it."""
     operations: Operations | None = None
     """What a run may cost, where that is asked for."""
+    late: Mapping[str, float] = field(default_factory=dict)
+    """What weights count for their places: what later layers make up for is not lost."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -83,22 +83,14 @@ class Search:
         cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress
     ) -> Search:
         """Start with no measurement."""
-        return cls(workshop, meter, workshop.items(), overhead, progress)
+        return cls(workshop, meter, workshop.items(), overhead, progress, late=_late(workshop, meter))
 
     def curve(self, candidate: Candidate) -> Curve:
         """Return what is known of the damage of a candidate's kind."""
         key = candidate.weight, candidate.method
         if key not in self.curves:
-            self.curves[key] = Curve(scale=self._late(candidate.weight))
+            self.curves[key] = Curve(scale=self.late.get(candidate.weight, 1.0))
         return self.curves[key]
-
-    def _late(self, name: str) -> float:
-        """Return what a weight counts for its place: what later layers make up for is not lost."""
-        if self.meter is None or not self.workshop.sequential:
-            return 1.0
-        order = sorted(self.workshop.weights, key=self.meter.network.position)
-        place = 2 * order.index(name) / max(len(order) - 1, 1) - 1
-        return float(TILT ** (place * min(1.0, len(order) / DEEP)))
 
     def within(self, budget: int) -> Choice:
         """Return the choice of least damage within ``budget`` bytes of weights and what decodes them.
@@ -116,6 +108,17 @@ class Search:
             if not self._measure(choice, number):
                 break
             choice = self._choose(budget)
+        return choice
+
+    def settled(self, log_price: float, number: int) -> Choice:
+        """Choose at a price (log of damage per byte), measuring once or twice where the choice falls."""
+        price = math.exp(log_price)
+        items = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
+        choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
+        for _ in range(2):
+            if not self._measure(choice, number):
+                break
+            choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
         return choice
 
     def _scan(self) -> None:
@@ -334,6 +337,17 @@ class Search:
             for c in choice.candidates.values()
         )
 
+    def why_kept(self, name: str) -> str:
+        """Say why a weight stays: what every form says, that none is smaller, or that none was worth it."""
+        weight = self.workshop.weights[name]
+        refusals = [f.supports(weight) for f in self.workshop.forms.values()]
+        if all(refusals):
+            return "; ".join(r for r in refusals if r)
+        (item,) = (i for i in self.items if name in i.names)
+        if len(item.alone[name]) == 1 and not item.together:  # the first is to keep it
+            return "no form of it is smaller"
+        return "nothing smaller was worth its damage"
+
     def _why(self, chosen: Candidate) -> str:
         """Say why a weight's form was chosen: what the best other form does in no more bytes."""
         share = self.workshop.macs(chosen)
@@ -352,6 +366,15 @@ class Search:
         return f"{lead}{best.method} in as many bytes does {1 / max(ratio, 1e-300):.2g} times less damage"
 
 
+def _late(workshop: Workshop, meter: Meter | None) -> dict[str, float]:
+    """Return what weights count for their places in the graph, where later layers can make up for them."""
+    if meter is None or not workshop.sequential:
+        return {}
+    order = sorted(workshop.weights, key=meter.network.position)
+    last, full = max(len(order) - 1, 1), min(1.0, len(order) / DEEP)
+    return {name: float(TILT ** ((2 * at / last - 1) * full)) for at, name in enumerate(order)}
+
+
 def _largest(sizes: Mapping[str, int], share: float) -> list[str]:
     """Return the largest weights that hold ``share`` of the numbers, in graph order."""
     total, held, chosen = sum(sizes.values()), 0, set()
@@ -361,110 +384,3 @@ def _largest(sizes: Mapping[str, int], share: float) -> list[str]:
         chosen.add(name)
         held += sizes[name]
     return [n for n in sizes if n in chosen]
-
-
-def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
-    """Return the smallest choice found whose outputs, all weights changed at once, stay within ``limit``.
-
-    Parameters
-    ----------
-    search : Search
-    limit : float
-        Relative output error (amplitude).
-    evaluations : int
-        Joint measurements to spend.
-
-    Raises
-    ------
-    TargetError
-        Not even the mildest choice stays within the limit.
-    """
-    low, high = -60.0, 0.0  # log of damage per byte
-    best: Choice | None = None
-    for number in range(evaluations):
-        middle = (low + high) / 2
-        choice = _settled(search, middle, number)
-        _, error = search.together(choice)
-        log.info("price %.3g: %d bytes, output error %.4g", middle, choice.nbytes, error)
-        if error <= limit:
-            best = choice if best is None or choice.nbytes <= best.nbytes else best
-            low = middle
-        else:
-            high = middle
-    if best is None:
-        raise TargetError("out of reach")
-    return best
-
-
-def within_error_encoded(
-    search: Search,
-    limit: float,
-    encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]],
-    measure: Callable[[list[Encoded], dict[str, Array]], float],
-) -> tuple[Choice, tuple[list[Encoded], dict[str, Array]]]:
-    """Return the smallest choice found whose outputs, once encoded layer by layer, stay within ``limit``.
-
-    What layers make up for one another is not foreseen: a choice is encoded, its error measured, and the
-    damage allowed to the next is corrected by the ratio, or lies between what fitted and what did not.
-
-    Parameters
-    ----------
-    search : Search
-    limit : float
-        Relative output error (amplitude).
-    encode : callable
-        Gives the arrays of a choice, and what biases gain.
-    measure : callable
-        Gives the relative output error of these, as the file will have it.
-
-    Returns
-    -------
-    Choice, (list of Encoded, dict of str to ndarray)
-        The choice that changes nothing where none that was tried stays within the limit.
-    """
-    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] = search.untouched(), ([], {})
-    allowed, low, high = limit**2, 0.0, math.inf
-    least = search.smallest().candidates
-    tried: list[tuple[Choice, float]] = []
-    for _ in range(_ENCODINGS[search.costly]):
-        choice = _within_damage(search, allowed)
-        error = next((e for c, e in tried if c.candidates == choice.candidates), math.nan)
-        if math.isnan(error):
-            encoded = encode(choice)
-            error = measure(*encoded)
-            tried.append((choice, error))
-            log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
-            if error <= limit and choice.nbytes < best[0].nbytes:
-                best = choice, encoded
-        if 0.85 * limit <= error <= limit or (error <= limit and choice.candidates == least):
-            break
-        low, high = (max(low, allowed), high) if error <= limit else (low, min(high, allowed))
-        aim = allowed * (0.93 * limit / max(error, 1e-3 * limit)) ** 2
-        allowed = aim if low < aim < high else (low * high) ** 0.5
-    return best
-
-
-def _within_damage(search: Search, allowed: float) -> Choice:
-    """Return the smallest choice whose foreseen damage is allowed."""
-    low, high = -60.0, 0.0  # log of damage per byte
-    best = _settled(search, low, 0)
-    for number in range(12):
-        middle = (low + high) / 2
-        choice = _settled(search, middle, number)
-        if choice.damage <= allowed:
-            best, low = choice, middle
-        else:
-            high = middle
-    return best
-
-
-def _settled(search: Search, log_price: float, number: int) -> Choice:
-    """Choose at a price, measuring once or twice where the choice falls."""
-    price = math.exp(log_price)
-    items = planner.with_tables_that_pay(search.items, search.curves, price, search.overhead)
-    choice = planner.at_price(items, search.curves, price, search.overhead, search.operations)
-    for _ in range(2):
-        if not search._measure(choice, number):
-            break
-        choice = planner.at_price(items, search.curves, price, search.overhead, search.operations)
-    return choice

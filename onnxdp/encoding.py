@@ -157,6 +157,30 @@ class Workshop:
             found += own[len(own) // 2 : len(own) // 2 + 1] if middle else own
         return found
 
+    def check(self, candidates: Iterable[Candidate]) -> None:
+        """Refuse candidates of a plan that name what does not exist, or fit no weight here.
+
+        Raises
+        ------
+        PlanError
+            One of them does.
+        """
+        for c in candidates:
+            if c.weight not in self.weights:
+                raise PlanError(
+                    f"The plan names {c.weight!r}, which is no weight of the model; see 'onnxdp inspect'."
+                )
+            form = self.forms.get(c.method)
+            if form is None:
+                known_forms = ", ".join(self.forms)
+                raise PlanError(
+                    f"The plan stores {c.weight} by {c.method!r}; its settings know {known_forms}."
+                )
+            refusal = form.supports(self.weights[c.weight])
+            if refusal:
+                raise PlanError(f"The plan stores {c.weight} by {c.method}, but it {refusal}.")
+            form.check(self.weights[c.weight], c.params)
+
     def outline(self, candidates: Iterable[Candidate]) -> list[Encoded]:
         """Return arrays of the right types and shapes for the candidates: enough to count bytes."""
         return [

@@ -18,8 +18,9 @@ from typing import Any
 from onnxdp import model as model_file
 from onnxdp import runtime, verifier
 from onnxdp.errors import TargetError, UsageError, VerifyError
-from onnxdp.job import ENCODING_SETTINGS, Job, file_of, versions
-from onnxdp.records import File, Frontier, FrontierPoint, Plan, to_plain
+from onnxdp.job import Job, carried
+from onnxdp.records import File, Frontier, FrontierPoint, Plan
+from onnxdp.result import file_of, versions
 from onnxdp.settings import TARGETS, Progress, Settings
 from onnxdp.verifier import Reference
 
@@ -71,8 +72,9 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
         for stage, took in job.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + took
     seconds["total"] = time.perf_counter() - started
-    kept = {k: v for k, v in to_plain(each[0]).items() if k in ENCODING_SETTINGS}
-    return Frontier(file_of(job.model), tuple(points), kept, seconds, versions(), job.device, notices)
+    return Frontier(
+        file_of(job.model), tuple(points), carried(each[0]), seconds, versions(), job.device, notices
+    )
 
 
 def _for_ratio(progress: Progress, settings: Settings) -> Progress:

@@ -138,7 +138,7 @@ class Plan:
     budget : int or None
         Bytes that the whole file may have; None where an error was asked for.
     settings : mapping
-        The settings that encoding depends on (seed, solver, ...).
+        The settings that encoding depends on (seed, solver, ...), and whether inputs were real.
     choices : tuple of Candidate
     kept : tuple of Kept
     schema : int

@@ -21,6 +21,8 @@ SOLVERS = ("exact", "randomized", "dpl")
 DEVICES = ("auto", "cpu", "cuda")
 FACTOR_DTYPES = ("float16", "float32")
 CHANNEL_ORDERS = ("rgb", "bgr")
+REAL_INPUTS = ("inputs", "calibrate")
+"""Settings that give real inputs, of which one may be given."""
 CALIBRATION = ("mean", "std", "resize", "channel_order", "input_range")
 """Settings that say how the pictures of ``calibrate`` are prepared."""
 TARGETS = ("ratio", "size", "max_error")
@@ -228,6 +230,11 @@ class Settings:
         if self.ratio is None and self.size is None and (self.atoms is None or self.max_error is not None):
             return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
         return None
+
+    @property
+    def real_inputs(self) -> str | None:
+        """The setting that gives real inputs; None where probes are made up."""
+        return next((n for n in REAL_INPUTS if getattr(self, n) is not None), None)
 
     @property
     def _macs_alone(self) -> bool:

@@ -2,9 +2,15 @@ import os
 import signal
 from pathlib import Path
 
+import array_api_strict
+import numpy as np
 import pytest
 
+from onnxdp import arrays
+
 GOLDEN = Path(__file__).parent / "golden"
+
+no_cuda = arrays._missing_cuda()
 
 
 def pytest_addoption(parser):
@@ -37,3 +43,24 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"no data at {folder} (set ONNXDP_SHARED to the folder that holds data/)")
     return folder
+
+
+def strict(device):
+    return lambda host: array_api_strict.asarray(host, device=array_api_strict.Device(device))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(np.asarray, id="numpy"),
+        pytest.param(strict("CPU_DEVICE"), id="strict-cpu"),
+        pytest.param(strict("device1"), id="strict-device1"),
+        pytest.param(
+            lambda host: arrays.to_device(host, "cuda"),
+            id="cupy",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(no_cuda is not None, reason=f"no CUDA: {no_cuda}")],
+        ),
+    ]
+)
+def to(request):
+    """Move a host array into the namespace under test."""
+    return request.param

@@ -247,7 +247,7 @@ def test_plan_writes_what_apply_reads(run, api):
     assert run("apply", "in.onnx", "p.json", "out.onnx", "--device", "cpu").exit_code == 0
     args, options = api.calls["apply"]
     assert args == (Path("in.onnx"), the_plan(), Path("out.onnx"))
-    assert options["device"] == "cpu" and options["inputs"] is None
+    assert options["device"] == "cpu" and options["inputs"] is None and options["calibrate"] is None
 
 
 def test_sweep_hands_everything_over_but_targets(run, api):

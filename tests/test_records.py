@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edges import conv, listing, mlp, onnxdp, refused, save
 from hypothesis import HealthCheck, given, settings
@@ -155,6 +156,25 @@ def test_a_method_edited_by_hand_and_a_choice_taken_out_are_honoured(plan):
     assert lines["w1"] == ("", "is not in the plan") and lines[choice["weight"]][0] == "float16"
 
 
+REAL = "The plan was made on real inputs, which it does not hold; give them again with --"
+
+
+@pytest.mark.parametrize("option", ["inputs", "calibrate"])
+def test_a_plan_of_real_inputs_needs_them_again(plan, option):
+    (fed,) = conv().graph.input
+    shape = [d.dim_value for d in fed.type.tensor_type.shape.dim][1:]
+    numbers = np.random.default_rng(5).standard_normal((8, *shape)).astype(np.float32)
+    np.savez("real.npz", **{fed.name: 1 + numbers})
+    words = (*FAST, f"--{option}", "real.npz")
+    assert onnxdp("plan", "in.onnx", "-o", "r.json", *words).exit_code == 0
+    refused(2, f"{REAL}{option}.", "apply", "in.onnx", "r.json", "out.onnx")
+    other = {"inputs": "calibrate", "calibrate": "inputs"}[option]
+    refused(2, f"{REAL}{option}.", "apply", "in.onnx", "r.json", "out.onnx", f"--{other}", "real.npz")
+    assert onnxdp("apply", "in.onnx", "r.json", "out.onnx", f"--{option}", "real.npz").exit_code == 0
+    assert onnxdp("compress", "in.onnx", "direct.onnx", *words).exit_code == 0
+    assert Path("out.onnx").read_bytes() == Path("direct.onnx").read_bytes()
+
+
 OTHER = "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
 
 
@@ -255,6 +275,11 @@ BY_HAND = {
     "no setting": (
         lambda p: p["settings"].pop("seed"),
         "The plan's settings lack 'seed'; write it again with 'onnxdp plan'.",
+    ),
+    "real inputs of no kind": (
+        option(real_inputs="dreams"),
+        "The plan was made on real inputs, which it does not hold; give them again with --inputs or "
+        "--calibrate.",
     ),
     "setting's kind": (
         option(seed=0.5),

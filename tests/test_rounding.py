@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import array_api_strict
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -16,28 +15,7 @@ from onnxdp.methods.rounding import Curvature, round_weights
 EPS32 = float(np.finfo(np.float32).eps)
 LEVELS = [2, 3, 4, 5, 7, 16, 40, 127, 255]
 
-no_cuda = arrays._missing_cuda()
 host = arrays.to_host
-
-
-def strict(device):
-    return lambda given: array_api_strict.asarray(given, device=array_api_strict.Device(device))
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(strict("CPU_DEVICE"), id="strict-cpu"),
-        pytest.param(strict("device1"), id="strict-device1"),
-        pytest.param(
-            lambda given: arrays.to_device(given, "cuda"),
-            id="cupy",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(no_cuda is not None, reason=f"no CUDA: {no_cuda}")],
-        ),
-    ]
-)
-def to(request):
-    """Move a host array into the namespace under test."""
-    return request.param
 
 
 def problem(inputs=24, outputs=9, seed=0, stack=1, samples=None):

@@ -1,6 +1,5 @@
 """Laws of the solvers; a bound is the rounding unit times the sizes it passes through, or a theorem's."""
 
-import array_api_strict
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,30 +14,6 @@ EPS = np.finfo(np.float64).eps
 EPS32 = float(np.finfo(np.float32).eps)
 SHAPES = [(60, 40), (40, 60), (33, 33), (1, 7), (7, 1), (1, 1)]
 DECAYS = [0.3, 0.5, 0.8, 1.0]
-
-no_cuda = arrays._missing_cuda()
-
-
-def strict(device):
-    return lambda host: array_api_strict.asarray(host, device=array_api_strict.Device(device))
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(np.asarray, id="numpy"),
-        pytest.param(strict("CPU_DEVICE"), id="strict-cpu"),
-        pytest.param(strict("device1"), id="strict-device1"),
-        pytest.param(
-            lambda host: arrays.to_device(host, "cuda"),
-            id="cupy",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(no_cuda is not None, reason=f"no CUDA: {no_cuda}")],
-        ),
-    ]
-)
-def to(request):
-    """Move a host array into the namespace under test."""
-    return request.param
-
 
 host = arrays.to_host
 

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxdp as package
 from onnxdp import model as model_file
 from onnxdp import preparation, probes, runtime, weights
+from onnxdp.budget import overhead
 from onnxdp.damage import Search
 from onnxdp.job import Job
 from onnxdp.meter import Meter
@@ -97,7 +98,7 @@ def test_every_weight_that_runs_does_damage_alone_and_together(parts):
 def test_what_no_probe_reaches_counts_as_the_others_do(parts):
     model, *_ = parts
     job = Job.start(model_file.serialize(model), Settings(samples=8), lambda *_: None)
-    search = Search.of(job.workshop, job._measuring(), job._overhead(), job.progress)
+    search = Search.of(job.workshop, job._measuring(), overhead(job.workshop), job.progress)
     search._scan()
     squares = np.array([1e-3])
     damage = {n: float(c(squares)[0]) for (n, m), c in search.curves.items() if m == "quant"}

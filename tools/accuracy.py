@@ -20,6 +20,7 @@ from typing import Any
 from common import (
     arguments,
     cached,
+    choosing,
     classifiers,
     commit,
     evaluate,
@@ -216,13 +217,7 @@ def main() -> int:
     """Fill the cells that were asked for."""
     parser = arguments(__doc__, kept="cells")
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="parts of file names; default: all classifiers",
-    )
+    choosing(parser)
     told = "3 (ratio), 14.9MB, or 44.28%% (fewer bytes); default: each model's own"
     add("--targets", "--ratios", nargs="+", metavar="T", help=told)
     add("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), help="default: all")

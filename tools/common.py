@@ -45,6 +45,12 @@ def arguments(doc: str | None, kept: str = "") -> argparse.ArgumentParser:
     return parser
 
 
+def choosing(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`classifiers` are chosen by."""
+    told = "parts of file names; default: all classifiers"
+    parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help=told)
+
+
 def tell(asked: argparse.Namespace, gap: str, rows: Sequence[Any], text: str, *more: str) -> None:
     """Print rows as JSON, or the text, which also goes into the gap of --readme, and what more there is."""
     if asked.json:

@@ -28,6 +28,7 @@ from typing import Any
 import judge
 from common import (
     arguments,
+    choosing,
     classifiers,
     commit,
     json_of,
@@ -204,13 +205,7 @@ def options() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     add = parser.add_argument
     folder = Path(tempfile.gettempdir())
-    add(
-        "--models",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="parts of file names; default: all classifiers",
-    )
+    choosing(parser)
     add("--ratios", nargs="+", type=float, default=RATIOS, metavar="R", help="of ours; default: 2 to 24")
     add("--only", nargs="+", default=(), metavar="WORD", help="cells whose label contains one of the words")
     add(

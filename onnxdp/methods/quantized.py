@@ -13,7 +13,7 @@ prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,38 +169,38 @@ class Problem:
 
     def encoded(self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
-        weight, parts = task.weight, self.parts
-        entries = arrays.to_device(table(alphabet).astype(np.float32), device) if alphabet.dim > 1 else None
-        curvature = self.curvature
-        if entries is not None and curvature.plain:  # vectors are chosen in a metric that is written out
-            plain = arrays.eye(weight.inputs, entries)[None, ...]
-            curvature = Curvature.of(plain, plain[:, 0, 0] * 0)
-
-        def one(w: arrays.Array) -> Rounded:
-            if entries is not None:
-                return round_vectors(w, curvature, entries, tries=tries, sweeps=sweeps)
-            return round_weights(w, self.curvature, alphabet.levels, parts=parts, tries=tries, sweeps=sweeps)
-
-        digits, scale, error = self.rounded(task, one, device)
-        flat = (digits[0].T if entries is not None else _tensor(weight, digits)).reshape(-1)
+        weight = task.weight
+        digits, scale, error = self._rounded(task, alphabet, tries=tries, sweeps=sweeps, device=device)
+        flat = (digits[0].T if alphabet.dim > 1 else _tensor(weight, digits)).reshape(-1)
         words = Packing.best(alphabet.levels, flat.size, OPSET).pack(flat)
         arrays_ = {"words": words, "scale": kept(scale, _unit(alphabet))}
         return Encoded(weight.name, Quantized.name, alphabet.params, arrays_, error)
 
-    def rounded(
-        self, task: Task, one: Callable[[arrays.Array], Rounded], device: str
+    def _rounded(
+        self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str
     ) -> tuple[Array, Array, float]:
         """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
         host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
         stack, inputs, outputs = host.shape
         unit = near_one(host)
+        curvature, entries = self.curvature, None
+        if alphabet.dim > 1:
+            entries = arrays.to_device(table(alphabet).astype(np.float32), device)
+            if curvature.plain:  # vectors are chosen in a metric that is written out
+                plain = arrays.eye(task.weight.inputs, entries)[None, ...]
+                curvature = Curvature.of(plain, plain[:, 0, 0] * 0)
 
         def some(columns: slice) -> Rounded:
             w = np.ascontiguousarray(host[:, :, columns]).reshape(
                 stack * self.parts, inputs // self.parts, -1
             )
             on_device = self._moved(arrays.to_device(w, device), task, columns, device)
-            return one(on_device if unit == 1 else on_device / unit)
+            near = on_device if unit == 1 else on_device / unit
+            if entries is not None:
+                return round_vectors(near, curvature, entries, tries=tries, sweeps=sweeps)
+            return round_weights(
+                near, curvature, alphabet.levels, parts=self.parts, tries=tries, sweeps=sweeps
+            )
 
         made = list(arrays.side_by_side(some, columns_apart(outputs)))
         digits, scales, errors, energies = (

@@ -1,0 +1,232 @@
+"""Reach bytes and operations: choose so that the whole file fits, and say why where nothing does.
+
+The choice counts what weights and their decoding take by estimates; what a file really takes is counted by
+drawing it, with arrays of the right shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from onnxdp import planner, stats
+from onnxdp.damage import Search
+from onnxdp.encoding import Workshop
+from onnxdp.errors import TargetError
+from onnxdp.model import Model
+from onnxdp.network import Network
+from onnxdp.planner import Choice, Operations
+from onnxdp.probes import Probes
+from onnxdp.records import Array, Encoded
+from onnxdp.result import Rewriter
+from onnxdp.settings import Settings
+from onnxdp.weights import Found
+
+MIN_GAIN = 0.01
+"""Share of the bytes that must be saved for a result to be worth writing."""
+
+NEAR = 0.001
+"""Share of the budget that may be left over."""
+
+KEPT = 0.3
+"""About the share of a file beside its weights that is left once names are short and biases are float16."""
+
+REWEIGHED = 400_000_000
+"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
+
+_ROUNDS = {False: 1, True: 4}
+"""Times that changes are weighed within the whole; where operations are bounded, pairs make up for much."""
+
+log = logging.getLogger(__name__)
+
+Encode: TypeAlias = Callable[[Choice], tuple[list[Encoded], dict[str, Array]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that a file may have, and who is asked on the way to a choice of that size."""
+
+    nbytes: int
+    search: Search
+    rewriter: Rewriter
+    encode: Encode | None
+    """Gives the arrays of a choice, quickly; None where weights are not encoded one after the other."""
+
+    def choose(self, reached: int) -> Choice:
+        """Choose so that the whole file fits, where ``reached`` are the bytes of the smallest there is.
+
+        Raises
+        ------
+        TargetError
+            Not even that one fits.
+        """
+        if reached > self.nbytes:
+            raise TargetError(
+                f"The target ({self.rewriter.settings.target}) is out of reach: "
+                f"the best reachable is {reached:,} bytes ({self.rewriter.model.nbytes / reached:.2f}x); "
+                f"ask for that (--size {reached}) or less."
+            )
+        # What is no candidate's, and what the estimates of decoding are off by, shows in the smallest result.
+        room = self.nbytes - reached + self.search.smallest().nbytes
+        fitting = self._fitting(room)
+        if fitting is None:
+            return self.search.smallest()
+        return self._checked(*fitting)
+
+    def closest(self, reached: int) -> Choice:
+        """Return the choice of least foreseen damage that fits, the smallest where none does."""
+        fitting = self._fitting(self.nbytes - reached + self.search.smallest().nbytes)
+        return self.search.smallest() if fitting is None else fitting[0]
+
+    def _fitting(self, room: int) -> tuple[Choice, int] | None:
+        """Return a choice whose file fits the budget, closely, and the room for weights that gave it."""
+        best: Choice | None = None
+        low, high = -math.inf, math.inf  # rooms that are known to fit, and not to
+        least = self.search.smallest().nbytes
+        for _ in range(8):
+            room = max(room, least)  # of the estimates; the exact count says that the target can be reached
+            choice = self.search.within(room)
+            over = self.rewriter.size(choice) - self.nbytes
+            if over > 0:
+                high = room
+            elif best is not None and choice.candidates == best.candidates:
+                break
+            else:
+                best, low = choice, room
+                if -over <= max(self.nbytes * NEAR, 64) or not self.search.workshop.sequential:
+                    break
+            room -= max(over, 64) if over > 0 else over
+            if not low < room < high:
+                room = int(low + high) // 2
+            if high - low < 128 or room < least == high:
+                break
+        return None if best is None else (best, int(low))
+
+    def _checked(self, choice: Choice, room: int) -> Choice:
+        """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""
+        if self.search.workshop.sequential:
+            return choice if self.encode is None else self._reweighed(choice, room, self.encode)
+        for better in (self.search.unless_alone_is_better, self.search.repaired):
+            other = better(choice, room)
+            if other is choice or self.rewriter.size(other) <= self.nbytes:
+                choice = other
+        return choice
+
+    def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
+        """Return the choice, or the one made with every change weighed within the whole, if it is better."""
+        if stats.macs(self.rewriter.found.weights) > REWEIGHED:
+            return choice
+        encoded = encode(choice)
+        best, damage = choice, self.search.measured(*encoded)[0]
+        for _ in range(_ROUNDS[self.search.operations is not None]):
+            self.search.reweighed(choice, *encoded)
+            fitting = self._fitting(room)
+            if fitting is None or fitting[0].candidates in (choice.candidates, best.candidates):
+                break
+            choice = fitting[0]
+            encoded = encode(choice)
+            again, _ = self.search.measured(*encoded)
+            log.info("damage %.4g, weighed within the whole %.4g", damage, again)
+            best, damage = (choice, again) if again < damage else (best, damage)
+        return best
+
+
+def overhead(workshop: Workshop) -> dict[str, int]:
+    """Estimate the bytes of what decodes one weight; the exact count follows by building."""
+    mean_name = sum(map(len, workshop.weights)) / len(workshop.weights)
+    return {
+        m: int(90 + 4 * mean_name) if m == "float16" else int(250 + 12 * mean_name) for m in workshop.forms
+    }
+
+
+def least_bytes(search: Search, rewriter: Rewriter) -> int:
+    """Return the bytes of the smallest result there is.
+
+    Raises
+    ------
+    TargetError
+        It is about as large as the original.
+    """
+    nbytes = rewriter.model.nbytes
+    reached = rewriter.size(search.smallest())
+    if nbytes - reached < MIN_GAIN * nbytes:
+        raise TargetError(f"Nothing to gain: {why_nothing(rewriter.found)}.")
+    return reached
+
+
+def require_gain(choice: Choice, search: Search, rewriter: Rewriter) -> None:
+    """Refuse to write what is the original once more."""
+    settings, nbytes = rewriter.settings, rewriter.model.nbytes
+    if nbytes - rewriter.size(choice) >= MIN_GAIN * nbytes:
+        return
+    limit = settings.error_target
+    if limit is None:
+        raise TargetError(
+            f"Nothing to gain: the target ({settings.target}) lets the file stay as it is, "
+            f"{nbytes:,} bytes; ask for a smaller one."
+        )
+    raise TargetError(
+        f"Nothing to gain within an output error of {limit:g}: changing every weight as little as can be "
+        f"gives {search.mildest():.2g}; allow more with --max-error, or give --ratio."
+    )
+
+
+def require_reach(found: Operations, search: Search, settings: Settings) -> None:
+    """Refuse what no choice reaches.
+
+    Raises
+    ------
+    TargetError
+        Nothing makes runs that light.
+    """
+    least = found.after(planner.lightest(search.items, search.overhead, found).candidates.values())
+    if least > found.budget:
+        reached = math.floor(100 * found.whole / max(least, 1)) / 100
+        remedy = f"ask for --macs {reached:g} or less" if reached > 1 else "leave --macs out"
+        raise TargetError(
+            f"The target (macs {settings.macs:g}) is out of reach: the fewest multiply-accumulates that "
+            f"method {settings.method} reaches are {least:,} of {found.whole:,}; {remedy}."
+        )
+
+
+def operations(network: Network, workshop: Workshop, probes: Probes, asked: float) -> Operations:
+    """Count the operations of one run, and say how many the result may have, ``asked`` times fewer."""
+    one = probes.rebatch(1)
+    whole = stats.operations(network, one.feeds[0], one.batch)
+    dense = {w.name: stats.macs([w]) for w in workshop.found.weights}
+    return Operations(whole, math.floor(whole / asked), dense, workshop.macs)
+
+
+def refuse_growth(model: Model, nbytes: int) -> None:
+    """Refuse a result (of a plan edited by hand) that is larger than the original."""
+    if nbytes >= model.nbytes:
+        raise TargetError(
+            f"Nothing to gain: the result would have {nbytes:,} bytes "
+            f"and the model has {model.nbytes:,}; change the plan."
+        )
+
+
+def bits_left(original: Model, whole: Found, found: Found, settings: Settings) -> float:
+    """Return about the bits that the target leaves each number of the weights; 16 where it does not say."""
+    budget = settings.budget(original.nbytes)
+    if budget is None:
+        return 16.0
+    left = budget - KEPT * (original.nbytes - sum(w.nbytes for w in whole.weights))
+    return float(np.clip(8 * left / max(sum(w.size for w in found.weights), 1), 0.5, 16.0))
+
+
+def why_nothing(found: Found) -> str:
+    """Say why no weight of a model becomes smaller."""
+    if not found.kept:
+        return "the model has no Conv, Gemm or MatMul weight of 1 kB or more"
+    largest = max(found.kept, key=lambda k: k.nbytes)
+    return (
+        f"of what it holds, {largest.weight} ({largest.nbytes:,} bytes) {largest.reason}"
+        if not found.weights
+        else "its weights are as small as onnxdp can make them"
+    )
