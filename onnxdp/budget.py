@@ -100,11 +100,17 @@ class Budget:
                 best, low = choice, room
                 if -over <= max(self.nbytes * NEAR, 64) or not self.search.workshop.sequential:
                     break
-            room -= max(over, 64) if over > 0 else over
+            # Below what was chosen, where that is too much: else the same choice comes again.
+            room = min(room, choice.nbytes) - max(over, 64) if over > 0 else room - over
             if not low < room < high:
                 room = int(low + high) // 2
             if high - low < 128 or room < least == high:
                 break
+        while best is None and room > least:  # the smallest fits, so what lies halfway may
+            room = (room + least) // 2
+            choice = self.search.within(room)
+            if self.rewriter.size(choice) <= self.nbytes:
+                best, low = choice, room
         return None if best is None else (best, int(low))
 
     def _checked(self, choice: Choice, room: int) -> Choice:
@@ -186,20 +192,27 @@ def require_reach(found: Operations, search: Search, settings: Settings) -> None
     """
     least = found.after(planner.lightest(search.items, search.overhead, found).candidates.values())
     if least > found.budget:
-        reached = math.floor(100 * found.whole / max(least, 1)) / 100
+        reached = math.floor(100 * found.before / max(least, 1)) / 100
         remedy = f"ask for --macs {reached:g} or less" if reached > 1 else "leave --macs out"
         raise TargetError(
             f"The target (macs {settings.macs:g}) is out of reach: the fewest multiply-accumulates that "
-            f"method {settings.method} reaches are {least:,} of {found.whole:,}; {remedy}."
+            f"method {settings.method} reaches are {least:,} of {found.before:,}; {remedy}."
         )
 
 
-def operations(network: Network, workshop: Workshop, probes: Probes, asked: float) -> Operations:
-    """Count the operations of one run, and say how many the result may have, ``asked`` times fewer."""
+def operations(
+    original: Network, network: Network, workshop: Workshop, probes: Probes, asked: float
+) -> Operations:
+    """Count the operations of one run, and say how many the result may have, ``asked`` times fewer.
+
+    ``network`` is the original, or what is left of it once channels went.
+    """
     one = probes.rebatch(1)
-    whole = stats.operations(network, one.feeds[0], one.batch)
+    whole = before = stats.operations(network, one.feeds[0], one.batch)
+    if network is not original:
+        before = stats.operations(original, one.feeds[0], one.batch)
     dense = {w.name: stats.macs([w]) for w in workshop.found.weights}
-    return Operations(whole, math.floor(whole / asked), dense, workshop.macs)
+    return Operations(whole, before, math.floor(before / asked), dense, workshop.macs)
 
 
 def refuse_growth(model: Model, nbytes: int) -> None:

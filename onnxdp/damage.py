@@ -113,7 +113,7 @@ class Search:
     def settled(self, log_price: float, number: int) -> Choice:
         """Choose at a price (log of damage per byte), measuring once or twice where the choice falls."""
         price = math.exp(log_price)
-        items = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
+        items, _ = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
         choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
         for _ in range(2):
             if not self._measure(choice, number):
@@ -188,9 +188,16 @@ class Search:
         return choice
 
     def _chosen(self, budget: int) -> Choice | None:
+        """Return the better of the choices with tables, whose bytes are the budget's too, and without."""
         price = planner.price(self.items, self.curves, budget, self.overhead, self.operations)
-        items = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
-        return planner.choose(items, self.curves, budget, self.overhead, self.operations)
+        items, nbytes = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
+        known = self.curves, budget, self.overhead, self.operations
+        plain = planner.choose(planner.without_tables(self.items), *known)
+        if not nbytes:
+            return plain
+        rich = planner.choose(items, self.curves, budget - nbytes, self.overhead, self.operations)
+        found = [c for c in (rich, plain) if c is not None]
+        return min(found, key=lambda c: c.damage, default=None)
 
     def _measure(self, choice: Choice, number: int) -> int:
         """Measure the candidates of a choice whose curves say nothing near them; returns how many."""

@@ -54,6 +54,9 @@ FIT_SHARE = 0.75
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
+TABLES_SINCE = 10
+"""Operator set from which words that name entries of a table are taken apart: Mod is that old."""
+
 log = logging.getLogger(__name__)
 
 ENCODING_SETTINGS = (
@@ -132,6 +135,8 @@ class Job:
                     "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
                 )
             notices = preparation.prepare(model, settings)
+            if model.ir.opset_imports.get("", 1) < TABLES_SINCE:
+                settings = replace(settings, codebooks=False)
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)
             if not found.weights:
                 raise TargetError(f"Nothing to gain: {budgets.why_nothing(found)}.")
@@ -288,12 +293,12 @@ class Job:
         asked = self.settings.macs
         if asked is None:
             return None
-        return budgets.operations(self.network, self.workshop, self.held_out, asked)
+        return budgets.operations(self.thinner.network, self.network, self.workshop, self.held_out, asked)
 
     def macs(self, choices: Sequence[Candidate]) -> Macs | None:
         """Return the operations before and after, where they were asked about."""
         counted = self._operations()
-        return None if counted is None else Macs(counted.whole, counted.after(choices))
+        return None if counted is None else Macs(counted.before, counted.after(choices))
 
     def _measuring(self) -> Meter:
         """Return what measures damage: kept from an earlier target, or new."""

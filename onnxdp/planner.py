@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -97,7 +97,9 @@ class Operations:
     Attributes
     ----------
     whole : int
-        Of the network as it is.
+        Of the network whose weights are chosen.
+    before : int
+        Of the original, channels that went included.
     budget : int
         Of the result, at most.
     dense : mapping of str to int
@@ -107,6 +109,7 @@ class Operations:
     """
 
     whole: int
+    before: int
     budget: int
     dense: Mapping[str, int]
     share: Callable[[Candidate], float]
@@ -173,17 +176,31 @@ def price(
     return _Table(items, curves, overhead, operations).price(budget)
 
 
+def without_tables(items: Sequence[Item], kept: Collection[Alphabet] = ()) -> list[Item]:
+    """Return the items without the candidates that name a table, but for those kept."""
+
+    def stays(c: Candidate) -> bool:
+        return (table := table_of(c.params)) is None or table in kept
+
+    return [
+        replace(item, alone={n: tuple(c for c in own if stays(c)) for n, own in item.alone.items()})
+        for item in items
+    ]
+
+
 def with_tables_that_pay(
     items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]
-) -> list[Item]:
+) -> tuple[list[Item], int]:
     """Return the items without the candidates whose table is worth less at a price than its own bytes.
+
+    The second number returned is the bytes of the other tables.
 
     Tables are added one by one, the one that saves most beside those before it first.
     """
     alone = [own for item in items for own in item.alone.values()]
     tables = sorted({t for own in alone for c in own if (t := table_of(c.params))})
     if not tables:
-        return list(items)
+        return list(items), 0
     costs = np.full((len(alone), len(tables) + 1), math.inf)  # the last column: without a table
     for row, own in zip(costs, alone, strict=True):
         each = damages(own, curves) + price * np.array([bytes_of(c, overhead) for c in own], np.float64)
@@ -204,13 +221,7 @@ def with_tables_that_pay(
         kept.add(best)
         least = np.minimum(least, costs[:, tables.index(best)])
 
-    def pays(c: Candidate) -> bool:
-        return (table := table_of(c.params)) is None or table in kept
-
-    return [
-        replace(item, alone={n: tuple(c for c in own if pays(c)) for n, own in item.alone.items()})
-        for item in items
-    ]
+    return without_tables(items, kept), sum(t.levels * t.dim for t in kept)
 
 
 def at_price(

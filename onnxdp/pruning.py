@@ -38,7 +38,7 @@ APART = (1e4, 0.1)
 """... unless beyond it, up to so many times as much, there are so many others for each: those that happen to
 be silent on made-up pictures do not stand apart (EfficientNet-Lite0: 271 dead ones, 105 beyond; losing them
 costs a tenth of the logits' energy on real pictures; ResNet-20 and 56: 13 and 52, none beyond, nothing)."""
-ENOUGH = 128
+ENOUGH = 96
 """Samples on which channels that are dead show it."""
 DAMPING = (0.01, 0.1)
 """delta over the mean diagonal of H: a + b * inputs / rows; made-up probes are not real inputs."""
@@ -122,6 +122,8 @@ class Pruner:
 
     def dead(self) -> Dropped:
         """Return the channels that give their readers nothing, where these are a kind of their own."""
+        if self._probes.samples < ENOUGH:
+            return {}
         few = self._probes.feeds[: -(-ENOUGH // self._probes.batch)]
         stream = Stream(
             self._network, replace(self._probes, feeds=few, samples=len(few) * self._probes.batch)
@@ -137,6 +139,10 @@ class Pruner:
             gives[name] = np.append(each / (whole or 1.0), 0.0)  # place -1: no row
         most: dict[str, Array] = {}
         for chain in self.chains:
+            if (
+                self._weights[chain.weight].op != "Conv"
+            ):  # what the units of an MLP answer to, probes may lack
+                continue
             shares = [gives[n][self._seats([chain], n)].sum(axis=1) for n in _ends([chain])]
             most[chain.weight] = np.max(shares, axis=0)
         found = {n: np.flatnonzero(m <= DEAD) for n, m in most.items()}

@@ -35,6 +35,8 @@ TRUST = (20.0, 3.0)
 that dead leaves do not show (VGG, 4 to 22 % of the numbers gone: 17 to 23 times; ResNet-20, 13 %: 2.6)."""
 ERROR_SHARE = 0.05
 """Share of the square of the allowed output error that lost channels may take."""
+NOTHING = 1e-3
+"""Relative error of the held-out outputs up to which channels that seemed dead were."""
 WORTH = 0.005
 """Share of the numbers below which nothing goes."""
 
@@ -98,7 +100,7 @@ class Thinner:
     ) -> None:
         self._model = model
         self._found = found
-        self._network = network
+        self.network = network
         self._held_out = held_out
         self._shapes = shapes_of(network.proto)
         mine = chains(found, self._shapes)
@@ -126,10 +128,7 @@ class Thinner:
         if not self.wanted(settings, bits):
             return {}
         if not settings.prune:
-            if self._dead is None:
-                with arrays.one_blas_thread():
-                    self._dead = self._pruner.dead()
-            return self._dead if self._pruner.share(self._dead) >= WORTH else {}
+            return self._dead_ones()
         if self._options is None:
             with arrays.one_blas_thread():
                 self._options = self._measured()
@@ -141,7 +140,24 @@ class Thinner:
             rounding = self._rate() * self._pruner.coarseness()
             log.info("%.2f bits a number, whose rounding does %.3g", bits, rounding * _left(bits))
             best = min(self._options, key=lambda o: self._trust * o.damage + rounding * _left(_bits(o, bits)))
+        if best.share < self._pruner.share(self._dead_ones()):
+            return self._dead_ones()
         return best.dropped if best.share >= WORTH else {}
+
+    def _dead_ones(self) -> Dropped:
+        """Return the channels without which nothing changes, if they are worth it; measured once."""
+        if self._dead is None:
+            with arrays.one_blas_thread():
+                dead = self._pruner.dead()
+                worth = self._pruner.share(dead) >= WORTH
+                error = self._effect(dead)[1] if worth else 0.0
+            self._dead = dead if worth and error <= NOTHING else {}
+        return self._dead
+
+    def _effect(self, dropped: Dropped) -> tuple[float, float]:
+        """Return (damage, relative output error) of taking channels out."""
+        fit = self._pruner.fitted(dropped)
+        return self._meter().together(fit.changes(self.network, self._found))
 
     def _rate(self) -> float:
         """Return the damage at the outputs for each unit of relative loss within, as lost channels do it."""
@@ -182,7 +198,7 @@ class Thinner:
         """Return the network without some channels, what reads them fitted again."""
         with arrays.one_blas_thread():
             fit = self._pruner.fitted(dropped)
-        damage, error = self._meter().together(fit.changes(self._network, self._found))
+        damage, error = self._meter().together(fit.changes(self.network, self._found))
         made = model_file.copy(self._model)
         twin = replace(weights.find(made.ir), weights=self._found.weights)
         DropChannels(twin, self._shapes, fit.dropped, fit.tensors, fit.shifts)(made.ir)
@@ -204,7 +220,7 @@ class Thinner:
         options = [Option({}, 0.0, 0.0, 0.0, 0.0)]
         for fit in self._pruner.candidates():
             if fit.dropped != options[-1].dropped:
-                damage, error = meter.together(fit.changes(self._network, self._found))
+                damage, error = meter.together(fit.changes(self.network, self._found))
                 share = self._pruner.share(fit.dropped)
                 log.info(
                     "%d channels less, %.4f of the numbers: loss %.3g, damage %.3g",
@@ -217,7 +233,7 @@ class Thinner:
         return options
 
     def _meter(self) -> Meter:
-        return Meter(self._network, self._held_out)
+        return Meter(self.network, self._held_out)
 
 
 def _left(bits: float) -> float:

@@ -156,7 +156,7 @@ def test_both_budgets_hold_and_the_choice_is_near_the_optimum(table, share, ligh
     def left(c):
         return shares[c.weight, c.params["atoms"]] if c.method == "pair" else 1.0
 
-    bound = Operations(whole, int(whole * lighter), macs, left)
+    bound = Operations(whole, whole, int(whole * lighter), macs, left)
     budget = int(1000 * len(items) * share)
     best = None
     for combination in itertools.product(*(item.alone[item.names[0]] for item in items)):
@@ -180,7 +180,7 @@ def test_without_a_bound_on_operations_nothing_changes():
     items = [
         Item(("w",), {"w": (kept, *(Candidate("w", "dp", {"atoms": i}, 90 * i, 1 / i) for i in range(1, 9)))})
     ]
-    loose = Operations(100, 100, {"w": 100}, lambda c: 0.5)
+    loose = Operations(100, 100, 100, {"w": 100}, lambda c: 0.5)
     for budget in (100, 300, 700, 1000):
         assert planner.choose(items, {}, budget, {}) == planner.choose(items, {}, budget, {}, loose)
 

@@ -348,7 +348,7 @@ def test_merging_repairs_what_dropping_alone_loses():
 
 def test_dead_channels_are_those_that_give_nothing_and_nothing_changes_without_them():
     proto = chained(dead=6)
-    mine, _ = pruner(proto)
+    mine, _ = pruner(proto, pruning.ENOUGH)
     dropped = mine.dead()
     assert dropped == {"A": tuple(range(6))}
     fit = mine.fitted(dropped)
@@ -370,14 +370,41 @@ def test_channels_that_are_only_quiet_are_not_dead():
     for place, array in ((0, weight), (1, bias)):
         name = proto.graph.initializer[place].name
         proto.graph.initializer[place].CopyFrom(numpy_helper.from_array(array, name))
-    mine, _ = pruner(proto)
+    mine, _ = pruner(proto, pruning.ENOUGH)
     assert mine.dead() == {}
+
+
+def test_few_inputs_do_not_show_what_is_dead():
+    mine, _ = pruner(chained(dead=6), pruning.ENOUGH - 1)
+    assert mine.dead() == {}
+
+
+def test_units_of_an_mlp_are_not_dead_because_probes_miss_them(tmp_path):
+    """With biases far below 0 noise wakes no unit, and real rows would."""
+    rng = np.random.default_rng(1)
+    tensors = {"A": rewriting.draw(rng, 64, 256), "a": np.full(256, -40, np.float32)}
+    tensors |= {"B": rewriting.draw(rng, 256, 16)}
+    proto = rewriting.model(
+        "h = Gemm(x, A, a) r = Relu(h) y = MatMul(r, B)", "float[N,64] x", "float[N,16] y", tensors
+    )
+    assert onnxdp.plan(proto, **PRUNED).pruned == ()
+
+
+def test_asking_for_less_takes_the_dead_ones_too():
+    unasked, asked = (onnxdp.plan(chained(dead=6), **PRUNED, prune=p).pruned for p in (None, True))
+    assert sum(len(p.channels) for p in asked) >= sum(len(p.channels) for p in unasked) >= 6
+
+
+def test_operations_are_counted_from_the_original():
+    made = onnxdp.compress(chained(dead=16), **PRUNED, macs=2).report
+    whole = sum(int(np.prod(s)) * n for s, n in (((32, 8, 3, 3), 100), ((32, 32, 3, 3), 64), ((10, 32), 1)))
+    assert made.macs.before == whole >= 2 * made.macs.after
 
 
 # The whole way
 
 
-PRUNED = {"ratio": 8, "samples": 64}
+PRUNED = {"ratio": 8, "samples": 128}
 
 
 def test_a_plan_carries_the_channels_and_gives_the_same_file(tmp_path):
@@ -422,16 +449,16 @@ def test_channels_stay_where_it_is_said_or_the_method_knows_no_rounding():
 
 
 def test_within_an_error_only_what_costs_next_to_nothing_goes():
-    made = onnxdp.compress(chained(dead=6), max_error=0.05, samples=64).report
+    made = onnxdp.compress(chained(dead=6), max_error=0.05, samples=128).report
     assert set(range(6)) <= set(made.plan.pruned[0].channels)
     assert made.verification.error <= 0.05
 
 
 def test_a_sweep_gives_the_files_of_compress():
     proto = chained(dead=6)
-    points = onnxdp.sweep(proto, [2, 8], samples=64).points
+    points = onnxdp.sweep(proto, [2, 8], samples=128).points
     for point in points:
-        made = onnxdp.compress(proto, ratio=point.asked, samples=64)
+        made = onnxdp.compress(proto, ratio=point.asked, samples=128)
         assert made.report.target.sha256 == point.sha256
 
 
@@ -439,7 +466,7 @@ def test_the_command_line_knows_both_words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edges.save(chained(dead=6))
     for word, pruned in (("--prune", True), ("--no-prune", False)):
-        result = edges.onnxdp("plan", "in.onnx", "--ratio", "8", "--samples", "64", word, "--json")
+        result = edges.onnxdp("plan", "in.onnx", "--ratio", "8", "--samples", "128", word, "--json")
         assert result.exit_code == 0
         assert bool(json.loads(result.stdout)["pruned"]) == pruned
 

@@ -210,7 +210,7 @@ class Problem:
         digits = digits.reshape(stack, -1, outputs)
         scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
-        return digits, scale, (max(lost, 0.0) / (whole or 1.0)) ** 0.5
+        return digits, scale, (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
 
     def target(self, task: Task, device: str) -> arrays.Array:
         """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""

@@ -1,0 +1,55 @@
+"""Reaching bytes: what is chosen fits, and is not far from what would have fitted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxdp.budget import Budget
+from onnxdp.planner import Choice
+from onnxdp.records import Candidate
+
+
+class Steps:
+    """A search whose choices come in steps of bytes, and a file that takes other bytes than they say."""
+
+    def __init__(self, steps, off):
+        self.steps, self.off = sorted(steps), off
+        self.workshop = SimpleNamespace(sequential=True)
+
+    def _choice(self, nbytes):
+        return Choice({"w": Candidate("w", "quant", {"levels": nbytes}, nbytes, 0.0)}, nbytes, -float(nbytes))
+
+    def smallest(self):
+        return self._choice(self.steps[0])
+
+    def within(self, room):
+        return self._choice(max(s for s in self.steps if s <= room))
+
+    def size(self, choice):
+        return choice.nbytes + self.off
+
+
+@given(
+    steps=st.sets(st.integers(1_000, 500_000), min_size=2, max_size=30),
+    off=st.integers(-3_000, 3_000),
+    share=st.floats(0.0, 1.2),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_chosen_fits_and_is_more_than_the_smallest_where_more_fits(steps, off, share):
+    known = Steps(steps, off)
+    least, most = min(steps) + off, max(steps) + off
+    budget = Budget(int(least + share * (most - least)), known, known, None)
+    made = budget.closest(least)
+    assert known.size(made) <= budget.nbytes
+    if sum(s + off <= budget.nbytes for s in steps) > 1:
+        assert made.nbytes > min(steps)
+
+
+def test_a_file_that_takes_more_than_foreseen_does_not_fall_back_to_the_smallest():
+    """ResNet-20 at 4x: 111 bytes too many, eight times over, and the next choice a thousand bytes below."""
+    known = Steps({40_000, 200_000, 270_000, 275_895}, -2_135)
+    made = Budget(273_649, known, known, None).closest(40_000 - 2_135)
+    assert made.nbytes == 270_000
