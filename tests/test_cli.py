@@ -583,6 +583,8 @@ main()
 def start(body, *words, **options):
     code = STUB.format(tests=str(Path(__file__).parent), body=body)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if sys.platform != "win32":  # nohup, which has SIGHUP ignored, may run the tests
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-c", code, "compress", "in.onnx", *words], **{**pipes, **options}
     )
