@@ -580,11 +580,16 @@ main()
 """
 
 
+def wake():
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(body, *words, **options):
     code = STUB.format(tests=str(Path(__file__).parent), body=body)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    if sys.platform != "win32":  # nohup, which has SIGHUP ignored, may run the tests
-        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if sys.platform != "win32":  # nohup has SIGHUP ignored, and a shell SIGINT in what it runs behind
+        pipes["preexec_fn"] = wake
     return subprocess.Popen(
         [sys.executable, "-c", code, "compress", "in.onnx", *words], **{**pipes, **options}
     )
