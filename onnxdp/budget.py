@@ -95,7 +95,9 @@ class Budget:
             if over > 0:
                 high = room
             elif best is not None and choice.candidates == best.candidates:
-                break
+                low = room
+                if math.isinf(high):
+                    break
             else:
                 best, low = choice, room
                 if -over <= max(self.nbytes * NEAR, 64) or not self.search.workshop.sequential:

@@ -153,7 +153,7 @@ class Tail:
         self._weights = weights
         self._constant = {n for n in weights if network.readers(n) < 2}
         places = sorted({network.position(n) for n in weights})
-        self._bounds = places[:: -(-len(places) // SECTIONS)][1:]
+        self._bounds = places[:: max(1, -(-len(places) // SECTIONS))][1:]
         self._pieces: dict[int, Piece | None] = {}
         self._first: tuple[int, Piece | None] = (-1, None)
 
