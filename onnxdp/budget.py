@@ -71,17 +71,20 @@ class Budget:
                 f"the best reachable is {reached:,} bytes ({self.rewriter.model.nbytes / reached:.2f}x); "
                 f"ask for that (--size {reached}) or less."
             )
-        # What is no candidate's, and what the estimates of decoding are off by, shows in the smallest result.
-        room = self.nbytes - reached + self.search.smallest().nbytes
-        fitting = self._fitting(room)
-        if fitting is None:
-            return self.search.smallest()
-        return self._checked(*fitting)
+        fitting = self._fitting(self._room(reached))
+        return self.search.smallest() if fitting is None else self._checked(*fitting)
 
     def closest(self, reached: int) -> Choice:
         """Return the choice of least foreseen damage that fits, the smallest where none does."""
-        fitting = self._fitting(self.nbytes - reached + self.search.smallest().nbytes)
+        fitting = self._fitting(self._room(reached))
         return self.search.smallest() if fitting is None else fitting[0]
+
+    def _room(self, reached: int) -> int:
+        """Return what the budget leaves for weights, by their estimates.
+
+        What is no candidate's, and what the estimates of decoding are off by, shows in the smallest result.
+        """
+        return self.nbytes - reached + self.search.smallest().nbytes
 
     def _fitting(self, room: int) -> tuple[Choice, int] | None:
         """Return a choice whose file fits the budget, closely, and the room for weights that gave it."""

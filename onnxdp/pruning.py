@@ -128,8 +128,10 @@ class Pruner:
         stream = Stream(
             self._network, replace(self._probes, feeds=few, samples=len(few) * self._probes.batch)
         )
+        # What the units of an MLP answer to, probes may lack: only channels of a Conv are said to be dead.
+        convs = [c for c in self.chains if self._weights[c.weight].op == "Conv"]
         gives: dict[str, Array] = {}
-        every = sorted(_ends(self.chains), key=self._place)
+        every = sorted(_ends(convs), key=self._place)
         for done, name in enumerate(every):
             self._progress("looking for dead channels", done, len(every), name)
             rows, _ = self._rows(stream, name)
@@ -138,18 +140,14 @@ class Pruner:
             each = np.square(rows).sum(axis=0, dtype=np.float64) * np.square(w).sum(axis=1, dtype=np.float64)
             gives[name] = np.append(each / (whole or 1.0), 0.0)  # place -1: no row
         most: dict[str, Array] = {}
-        for chain in self.chains:
-            if (
-                self._weights[chain.weight].op != "Conv"
-            ):  # what the units of an MLP answer to, probes may lack
-                continue
+        for chain in convs:
             shares = [gives[n][self._seats([chain], n)].sum(axis=1) for n in _ends([chain])]
             most[chain.weight] = np.max(shares, axis=0)
         found = {n: np.flatnonzero(m <= DEAD) for n, m in most.items()}
         silent = sum(map(len, found.values()))
         if sum(int((m <= APART[0] * DEAD).sum()) for m in most.values()) > (1 + APART[1]) * silent:
             return {}
-        limits = {c.weight: self.most(c) for c in self.chains}
+        limits = {c.weight: self.most(c) for c in convs}
         kept = {n: tuple(channels[: limits[n]].tolist()) for n, channels in found.items()}
         return {n: channels for n, channels in kept.items() if channels}
 

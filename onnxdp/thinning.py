@@ -10,8 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from onnxdp import arrays, weights
 from onnxdp import model as model_file
 from onnxdp.channels import chains, shapes_of
@@ -52,6 +50,16 @@ class Option:
     damage: float
     error: float
     loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Channels that are out, readers fitted one after the other, and what that does to the outputs."""
+
+    dropped: Dropped
+    fit: Fit
+    damage: float
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ class Thinner:
         self._pruner = Pruner(network, found, fit, mine, seed=settings.seed, progress=progress)
         self._options: list[Option] | None = None
         self._dead: Dropped | None = None
+        self._fitted: Effect | None = None
         made_up = held_out.seed is not None and not held_out.parts
         self._trust = TRUST[0] if made_up else TRUST[1]
 
@@ -150,14 +159,17 @@ class Thinner:
             with arrays.one_blas_thread():
                 dead = self._pruner.dead()
                 worth = self._pruner.share(dead) >= WORTH
-                error = self._effect(dead)[1] if worth else 0.0
-            self._dead = dead if worth and error <= NOTHING else {}
+            self._dead = dead if worth and self._effect(dead).error <= NOTHING else {}
         return self._dead
 
-    def _effect(self, dropped: Dropped) -> tuple[float, float]:
-        """Return (damage, relative output error) of taking channels out."""
-        fit = self._pruner.fitted(dropped)
-        return self._meter().together(fit.changes(self.network, self._found))
+    def _effect(self, dropped: Dropped) -> Effect:
+        """Take channels out and measure that; what was asked last is kept: it is mostly what goes."""
+        if self._fitted is None or self._fitted.dropped != dropped:
+            with arrays.one_blas_thread():
+                fit = self._pruner.fitted(dropped)
+            damage, error = self._meter().together(fit.changes(self.network, self._found))
+            self._fitted = Effect(dropped, fit, damage, error)
+        return self._fitted
 
     def _rate(self) -> float:
         """Return the damage at the outputs for each unit of relative loss within, as lost channels do it."""
@@ -196,21 +208,20 @@ class Thinner:
 
     def thinned(self, dropped: Dropped, settings: Settings) -> Thinned:
         """Return the network without some channels, what reads them fitted again."""
-        with arrays.one_blas_thread():
-            fit = self._pruner.fitted(dropped)
-        damage, error = self._meter().together(fit.changes(self.network, self._found))
+        effect, self._fitted = self._effect(dropped), None
+        fit = effect.fit
         made = model_file.copy(self._model)
         twin = replace(weights.find(made.ir), weights=self._found.weights)
         DropChannels(twin, self._shapes, fit.dropped, fit.tensors, fit.shifts)(made.ir)
         found = weights.select(weights.find(made.ir), settings.include, settings.exclude)
         positions = {w.name: w.positions for w in self._found.weights}
         found = replace(found, weights=tuple(replace(w, positions=positions[w.name]) for w in found.weights))
-        many, all_ = (sum(map(len, dropped.values())), sum(c.channels for c in self._pruner.chains))
+        many, all_ = (_count(dropped), sum(c.channels for c in self._pruner.chains))
         share = self._pruner.share(dropped)
-        log.info("%d of %d channels, %.4f of the numbers: damage %.3g", many, all_, share, damage)
+        log.info("%d of %d channels, %.4f of the numbers: damage %.3g", many, all_, share, effect.damage)
         notice = (
             f"Of {all_:,} inner channels {many:,} went, {share:.1%} of the weights' numbers, "
-            f"which changes the outputs by {error:.2g}; give --no-prune to keep them."
+            f"which changes the outputs by {effect.error:.2g}; give --no-prune to keep them."
         )
         return Thinned(made, found, Network(made, found), notice)
 
@@ -224,7 +235,7 @@ class Thinner:
                 share = self._pruner.share(fit.dropped)
                 log.info(
                     "%d channels less, %.4f of the numbers: loss %.3g, damage %.3g",
-                    _count(fit),
+                    _count(fit.dropped),
                     share,
                     fit.loss,
                     damage,
@@ -246,5 +257,5 @@ def _bits(option: Option, bits: float) -> float:
     return bits / max(1 - option.share, 0.01)
 
 
-def _count(fit: Fit) -> int:
-    return int(np.sum([len(c) for c in fit.dropped.values()]))
+def _count(dropped: Dropped) -> int:
+    return sum(map(len, dropped.values()))
