@@ -239,12 +239,8 @@ class Workshop:
             shift = self._shift(e, decoded) if shifts is None else shifts.get(e.weight)
             changes[e.weight] = decoded.astype(np.dtype(self.weights[e.weight].dtype), copy=False)
             if shift is not None:
-                changes.update(self.shifted_bias(network, e.weight, shift))
+                changes.update(stats.shifted_bias(network, self.found, e.weight, shift))
         return changes
-
-    def shifted_bias(self, network: Network, name: str, shift: Array) -> dict[str, Array]:
-        """Return the bias that makes the output behind a weight gain ``shift``."""
-        return stats.shifted_bias(network, self.found, name, shift)
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the stored tensor's replacement, float32."""

@@ -211,7 +211,7 @@ def with_tables_that_pay(
     least, kept = costs[:, -1], set[Alphabet]()
     while True:
         saved = {
-            t: float((least - np.minimum(least, costs[:, k])).sum()) - price * t.levels * t.dim
+            t: float((least - np.minimum(least, costs[:, k])).sum()) - price * t.nbytes
             for k, t in enumerate(tables)
             if t not in kept
         }
@@ -220,8 +220,7 @@ def with_tables_that_pay(
             break
         kept.add(best)
         least = np.minimum(least, costs[:, tables.index(best)])
-
-    return without_tables(items, kept), sum(t.levels * t.dim for t in kept)
+    return without_tables(items, kept), sum(t.nbytes for t in kept)
 
 
 def at_price(

@@ -93,12 +93,16 @@ def gather(
     for place, weight, tap in sorted(places, key=lambda p: p[0]):
         stream.advance(place, {})
         count = math.ceil(rows_wanted(weight) / stream.feeds / counts[weight.name])
-        for number in range(stream.feeds):
-            generator = np.random.default_rng((seed, number))
-            rows.setdefault(weight.name, []).append(
-                tap.sample(weight, stream.tensor(number, tap.source), count, generator)
-            )
+        rows.setdefault(weight.name, []).extend(sampled(stream, weight, tap, count, seed))
     return {w.name: _seen(rows[w.name], can_centre(found, w)) for w in chosen if w.name in rows}
+
+
+def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> list[Array]:
+    """Return at most ``count`` rows of every feed that a weight sees where a stream is halted."""
+    return [
+        tap.sample(weight, stream.tensor(number, tap.source), count, np.random.default_rng((seed, number)))
+        for number in range(stream.feeds)
+    ]
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:

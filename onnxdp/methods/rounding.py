@@ -276,8 +276,7 @@ def _swept(
         else:
             q, hq = _sweep(hw / scale[:, None, :], q, hq, curvature.moment, half)
         over, under = (_joined(xp.sum(q * x, axis=1), parts) for x in (hw, hq))
-        fits = (under > 0) & (over > 0)
-        scale = xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), scale)
+        scale = ratio(over, under, scale)
     step = scale[:, None, :]
     return q, scale, xp.sum((w - q * step) * (hw - hq * step), axis=1)
 
@@ -400,6 +399,13 @@ def _joined(x: Array, parts: int, how: Any = None) -> Array:
     together = xp.reshape(x, (-1, parts, x.shape[-1]))
     whole = (how or xp.sum)(together, axis=1)
     return xp.repeat(whole, parts, axis=0)
+
+
+def ratio(over: Array, under: Array, otherwise: Array) -> Array:
+    """Return ``over / under`` where both are positive, and ``otherwise`` elsewhere."""
+    xp = arrays.namespace(over)
+    fits = (under > 0) & (over > 0)
+    return xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), otherwise)
 
 
 def take(x: Array, order: Array, axis: int = 0) -> Array:

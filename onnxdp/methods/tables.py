@@ -38,6 +38,11 @@ class Alphabet(NamedTuple):
         return {"levels": self.levels} if self.dim == 1 else {"levels": self.levels, "dim": self.dim}
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.levels * self.dim
+
+    @property
     def bits(self) -> float:
         """Bits of one number, packed ideally."""
         return math.log2(self.levels) / self.dim

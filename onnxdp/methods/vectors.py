@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from onnxdp import arrays
 from onnxdp.arrays import Array
-from onnxdp.methods.rounding import Curvature, Rounded, take
+from onnxdp.methods.rounding import Curvature, Rounded, ratio, take
 
 _BLOCK = 48
 """Rows after which the rest is told by one matrix product; whole vectors of 2, 3 and 4."""
@@ -157,6 +157,4 @@ def _rows(numbers: Array, entries: Array) -> Array:
 def _refit(q: Array, hw: Array, h: Array, scale: Array) -> Array:
     """Return the best step of each column for its entries, ``q^T H w / q^T H q``."""
     xp = arrays.namespace(hw)
-    over, under = xp.sum(q * hw, axis=0), xp.sum(q * (h @ q), axis=0)
-    fits = (under > 0) & (over > 0)
-    return xp.where(fits, over / xp.where(fits, under, xp.ones_like(under)), scale)
+    return ratio(xp.sum(q * hw, axis=0), xp.sum(q * (h @ q), axis=0), scale)
