@@ -159,6 +159,9 @@ class Job:
                 thinned = thinner.thinned(dropped, settings)
                 model, found, network = thinned.model, thinned.found, thinned.network
                 notices.append(thinned.notice)
+            if sequential:
+                model, found, folded = preparation.folded(model, found)
+                network = Network(model, found) if folded else network
         bits, *more = (budgets.bits_left(original, whole, found, s) for s in (settings, *also))
         workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
         with _clock(seconds, "solving"):

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxdp import calibration, normalisation, probes, runtime, stats
+from onnxdp import calibration, normalisation, probes, runtime, stats, weights
+from onnxdp import model as model_file
 from onnxdp.model import Model
 from onnxdp.network import Network
-from onnxdp.passes import FreezeInitializers, ReplaceWeights
+from onnxdp.passes import FoldNormalisation, FreezeInitializers, ReplaceWeights
 from onnxdp.probes import InputSpec, Probes
 from onnxdp.records import Array
 from onnxdp.settings import Settings
@@ -68,6 +69,24 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     )
     made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
+
+
+def folded(model: Model, found: Found) -> tuple[Model, Found, int]:
+    """Fold normalisation into the weights that were selected, and into those too small to be found.
+
+    Returns a copy with its weights, and how many nodes went; the very model where none did. To be called
+    when probes are made: what the nodes remember tells the range of pictures.
+    """
+    made = model_file.copy(model)
+    twin, chosen = weights.find(made.ir), {w.name for w in found.weights}
+    names = {w.name for w in twin.weights}
+    fold = FoldNormalisation({twin.values[n] for n in names - chosen})
+    fold(made.ir)
+    after = weights.find(made.ir)
+    if not fold.folded or {w.name for w in after.weights} != names:
+        return model, found, 0
+    left_out = (k for k in found.kept if k.weight in names)
+    return made, replace(after, weights=found.weights, kept=(*after.kept, *left_out)), fold.folded
 
 
 def _carried(made: Probes, network: Network) -> Probes:

@@ -2,6 +2,7 @@
 
 from onnxdp.passes.channels import DropChannels
 from onnxdp.passes.constants import GatherConstants
+from onnxdp.passes.fold import FoldNormalisation
 from onnxdp.passes.freeze import FreezeInitializers
 from onnxdp.passes.lift import LiftWeights
 from onnxdp.passes.replace import ReplaceWeights
@@ -9,6 +10,7 @@ from onnxdp.passes.shorten import ShortenNames
 
 __all__ = [
     "DropChannels",
+    "FoldNormalisation",
     "FreezeInitializers",
     "GatherConstants",
     "LiftWeights",

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxdp.build import Builder, Paper
 from onnxdp.channels import Chain, Shapes, chains, source
-from onnxdp.passes.lift import drop
+from onnxdp.passes.lift import forget, store
 from onnxdp.passes.replace import shift_bias
 from onnxdp.records import Array
 from onnxdp.weights import Found, constant
@@ -55,7 +55,7 @@ class DropChannels(ir.passes.InPlacePass):
         """Return whether a channel went."""
         paper = Paper(model)
         for name, tensor in self._tensors.items():
-            _store(self._found.values[name], tensor)
+            store(self._found.values[name], tensor)
         for name, shift in self._shifts.items():
             shift_bias(self._found.readers[name][0].node, shift, Builder(model.graph, name, paper))
         mine = [c for c in chains(self._found, self._shapes) if self._dropped.get(c.weight)]
@@ -103,26 +103,7 @@ def _put(node: ir.Node, index: int, array: Array, paper: Paper) -> None:
     value = node.inputs[index]
     assert value is not None
     if source(value) is value and len(list(value.uses())) == 1:
-        _store(value, array)
+        store(value, array)
         return
     node.replace_input_with(index, Builder(paper.graph, value.name or "", paper).constant("cut", array))
-    while value is not None and not value.uses() and not value.is_graph_output():
-        producer = value.producer()
-        if producer is None or producer.op_type != "Identity":
-            drop(value)
-            return
-        value = producer.inputs[0]
-        producer.graph.remove(producer, safe=True)  # type: ignore[union-attr]  # it lies in a graph
-
-
-def _store(value: ir.Value, array: Array) -> None:
-    """Put another array into a constant."""
-    old = constant(value)
-    assert old is not None
-    tensor = ir.tensor(np.ascontiguousarray(array.astype(old.numpy().dtype, copy=False)), name=value.name)
-    node = value.producer()
-    if node is not None:
-        node.attributes["value"] = ir.AttrTensor("value", tensor)
-    if node is None or value.const_value is not None:
-        value.const_value = tensor
-    value.shape = ir.Shape(tensor.shape.numpy())
+    forget(value)

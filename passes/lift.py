@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
+from onnxdp.records import Array
 from onnxdp.weights import constant
 
 
@@ -51,3 +53,27 @@ def drop(value: ir.Value) -> None:
         node.graph.remove(node, safe=True)
     elif value.graph is not None:
         del value.graph.initializers[value.name]  # type: ignore[arg-type]  # an initializer has a name
+
+
+def forget(value: ir.Value | None) -> None:
+    """Drop a constant that nothing reads any more, and every Identity that passed it on."""
+    while value is not None and not value.uses() and not value.is_graph_output():
+        producer = value.producer()
+        if producer is None or producer.op_type != "Identity":
+            drop(value)
+            return
+        value = producer.inputs[0]
+        producer.graph.remove(producer, safe=True)  # type: ignore[union-attr]  # it lies in a graph
+
+
+def store(value: ir.Value, array: Array) -> None:
+    """Put another array into a constant, in the type of the old one."""
+    old = constant(value)
+    assert old is not None
+    tensor = ir.tensor(np.ascontiguousarray(array.astype(old.numpy().dtype, copy=False)), name=value.name)
+    node = value.producer()
+    if node is not None:
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
+    if node is None or value.const_value is not None:
+        value.const_value = tensor
+    value.shape = ir.Shape(tensor.shape.numpy())
