@@ -70,7 +70,7 @@ class FoldNormalisation(ir.passes.InPlacePass):
             return False
         _give(conv, weight, made, paper)
         read = node.inputs[1:]
-        node.outputs[0].replace_all_uses_with(conv.outputs[0])
+        _rename(conv.outputs[0], node.outputs[0])
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]  # it lies in a graph
         for value in read:
             forget(value)
@@ -84,11 +84,11 @@ def _before(node: ir.Node) -> ir.Node | None:
     usual = {"training_mode": 0, "spatial": 1}
     if any(k in node.attributes and node.attributes[k].as_int() != n for k, n in usual.items()):
         return None
-    between, after = node.inputs[0], node.outputs[0]
+    between = node.inputs[0]
     conv = None if between is None else between.producer()
     if between is None or conv is None or (conv.op_type, conv.domain, conv.graph) != ("Conv", "", node.graph):
         return None
-    if len(list(between.uses())) > 1 or between.is_graph_output() or after.is_graph_output():
+    if len(list(between.uses())) > 1 or between.is_graph_output():
         return None
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return None
@@ -115,3 +115,14 @@ def _give(conv: ir.Node, weight: Array, bias: Array, paper: Paper) -> None:
     conv.resize_inputs(3)
     conv.replace_input_with(2, Builder(paper.graph, held.name or "", paper).constant("bias", bias))
     forget(old)
+
+
+def _rename(value: ir.Value, after: ir.Value) -> None:
+    """Let a value be what another was, name and all: readers and outputs of the graph see no change."""
+    after.replace_all_uses_with(value, replace_graph_outputs=True)
+    name, after.name = after.name, None
+    value.name, value.type, value.shape = name, after.type, after.shape
+    value.doc_string = after.doc_string
+    value.meta.update(after.meta)
+    value.metadata_props.clear()
+    value.metadata_props.update(after.metadata_props)

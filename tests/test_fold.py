@@ -81,7 +81,6 @@ BODY = f"c = Conv(x, W) n = {NORM}(c, scale, shift, mean, var) y = Relu(n)"
 REASONS = {
     "another reader of the Conv": (BODY + " z = Relu(c)", ", float[N,?,?,?] z"),
     "the Conv is an output": (BODY, ", float[N,?,?,?] c"),
-    "the normalised is an output": (BODY, ", float[N,?,?,?] n"),
     "training": (BODY.replace(f"n = {NORM}", f"n, m2, v2 = {NORM}<training_mode = 1>"), ""),
     "a weight of two": (BODY + " z = Conv(x, W)", ", float[N,?,?,?] z"),
     "a weight that is made": (f"V = Neg(W) {BODY.replace('x, W', 'x, V')}", ""),
@@ -118,9 +117,9 @@ def test_numbers_that_float32_does_not_hold_stay():
 def test_numbers_that_others_read_stay_for_these():
     rng = np.random.default_rng(2)
     tensors = {"W": draw(rng, 6, 4, 3, 3), "V": draw(rng, 6, 6, 1, 1), **four(rng, 6)}
-    second = f" d = Conv(y, V) z = {NORM}(d, scale, shift, mean, var)"
+    second = f" d = Conv(y, V) e = Relu(d) z = {NORM}(e, scale, shift, mean, var)"
     proto = normalised(BODY + second, tensors, outputs="float[N,?,?,?] z")
-    made, count = folded(proto)  # the second's is an output
+    made, count = folded(proto)
     assert count == 1 and {t.name for t in made.graph.initializer} == {"W", "W.bias", "V", *FOUR}
     x = draw(rng, 1, 4, 6, 6)
     (got,), (wanted,), (most,) = (
@@ -129,6 +128,24 @@ def test_numbers_that_others_read_stay_for_these():
         run(magnitudes(proto), {"x": np.abs(x)}),
     )
     assert np.all(np.abs(got - wanted) <= EPS32 * 60 * most)
+
+
+def test_an_output_keeps_its_name_and_what_is_said_of_it():
+    rng = np.random.default_rng(2)
+    proto = normalised(
+        BODY.replace("y = Relu(n)", ""),
+        {"W": draw(rng, 6, 4, 3, 3), **four(rng, 6)},
+        outputs="float[N,6,4,4] n",
+    )
+    proto.graph.output[0].doc_string = "scores"
+    made, count = folded(proto)
+    assert count == 1 and made.graph.output == proto.graph.output
+    assert [list(n.output) for n in made.graph.node] == [["n"]]
+    x = draw(rng, 1, 4, 6, 6)
+    (got,), (wanted,), (most,) = (
+        run(m, {"x": i}) for m, i in ((made, x), (proto, x), (magnitudes(proto), np.abs(x)))
+    )
+    assert np.all(np.abs(got - wanted) <= EPS32 * 44 * most)
 
 
 def test_inside_the_body_of_an_if():
