@@ -108,9 +108,17 @@ def defaults(node: ir.Node, version: int) -> list[str]:
             told = _same(attribute, known.default_value)
         else:
             told = name in per_axis and set(attribute.as_ints()) <= {per_axis[name]}
-        if told:
+        if told or (name == "kernel_shape" and list(attribute.as_ints()) == _kernel(node)):
             found.append(name)
     return found
+
+
+def _kernel(node: ir.Node) -> list[int] | None:
+    """Return the kernel that a Conv has by its weight's shape, where that is known."""
+    weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose") and not node.domain else None
+    if weight is None or weight.shape is None:
+        return None
+    return [d for d in weight.shape[2:] if isinstance(d, int)]
 
 
 def _same(attribute: ir.Attr, default: onnx.AttributeProto) -> bool:
