@@ -320,6 +320,12 @@ class Search:
         log.info("repaired: damage %.4g", again)
         return other if again < damage else choice
 
+    def soften(self, most: float) -> None:
+        """Leave no candidate whose local error is above ``most``: where measurements say too little."""
+        for item in self.items:
+            item.alone = {n: tuple(c for c in o if c.error <= most) for n, o in item.alone.items()}
+            item.together = tuple(o for o in item.together if all(c.error <= most for c in o))
+
     def untouched(self) -> Choice:
         """Return the choice that keeps every weight."""
         kept = {n: options[0] for item in self.items for n, options in item.alone.items()}

@@ -54,6 +54,12 @@ FIT_SHARE = 0.75
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
+ALIKE = 0.01
+"""How far outputs have to be apart, over their size, for errors measured on them to tell what weights do."""
+
+MILD = 0.1
+"""Local error that no weight goes beyond where they do not and an output error is asked for: some 4 bits."""
+
 TABLES_SINCE = 10
 """Operator set from which words that name entries of a table are taken apart: Mod is that old."""
 
@@ -229,6 +235,7 @@ class Job:
             search.measured_alone = self._measured
             search.budget = budget = self.settings.budget(self.model.nbytes)
             search.costly = self.costly
+            self._distrust(search)
             search.operations = operations = self._operations()
             if operations is not None:
                 budgets.require_reach(operations, search, self.settings)
@@ -269,6 +276,20 @@ class Job:
             tuple(candidates),
             (*kept, *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
+        )
+
+    def _distrust(self, search: Search) -> None:
+        """Say where the network gives all inputs one answer; an error measured on it is no bound then."""
+        if search.meter is None or search.meter.spread >= ALIKE:
+            return
+        bounded = self.settings.error_target is not None
+        if bounded:
+            search.soften(MILD)
+        coarser = f"; so no weight's own output changes by more than {MILD:.0%}" if bounded else ""
+        self.notices.append(
+            f"The outputs hardly differ between the inputs ({self.held_out.source}; by "
+            f"{search.meter.spread:.1g} of their size), so the error measured on them says little{coarser}; "
+            "give real inputs with --inputs or --calibrate."
         )
 
     def _kept_within(
