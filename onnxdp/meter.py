@@ -40,9 +40,9 @@ class Meter:
 
     @property
     def spread(self) -> float:
-        """How far the watched outputs of a sample are from their mean, over their size; the largest of all."""
-        shares = (self._power[n] / (self._size[n] or 1.0) for n in self.watched if n in self._power)
-        return max(shares, default=1.0) ** 0.5
+        """Deviation of the watched outputs between samples over their size; the largest of all."""
+        shares = [self._power[n] / (self._size[n] or 1.0) for n in self.watched if n in self._power]
+        return float(max(shares, default=1.0) ** 0.5)
 
     def together(self, changes: Changes) -> tuple[float, float]:
         """Return (damage, relative output error) of all changes at once.

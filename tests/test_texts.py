@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def test_texts_differ_in_how_many_ids_they_use_and_some_use_any():
 
 def test_pairs_of_neighbours_come_again():
     def apart(text):
-        return len(set(zip(text[:-1], text[1:], strict=True)))
+        return len(set(pairwise(text)))
 
     rng = np.random.default_rng(0)
     made = [texts.draw((2048,), 257, np.random.default_rng(seed)) for seed in range(40)]
