@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -55,10 +56,7 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     Returns the weights with their positions, and the probes.
     """
     first = _one(runtime.input_specs(network.specification), settings)
-    positions = stats.positions(network, found, first.feeds[0], first.batch)
-    found = replace(
-        found, weights=tuple(replace(w, positions=positions.get(w.name, 0)) for w in found.weights)
-    )
+    found = counted(found, stats.positions(network, found, first.feeds[0], first.batch))
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
@@ -87,6 +85,13 @@ def folded(model: Model, found: Found) -> tuple[Model, Found, int]:
         return model, found, 0
     left_out = (k for k in found.kept if k.weight in names)
     return made, replace(after, weights=found.weights, kept=(*after.kept, *left_out)), fold.folded
+
+
+def counted(found: Found, positions: Mapping[str, int]) -> Found:
+    """Return the weights with the output positions of one sample that each multiplies."""
+    return replace(
+        found, weights=tuple(replace(w, positions=positions.get(w.name, 0)) for w in found.weights)
+    )
 
 
 def _carried(made: Probes, network: Network) -> Probes:
