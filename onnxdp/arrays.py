@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
@@ -31,6 +32,8 @@ _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.s
 
 _ROOMY = 500_000_000
 """Bytes of memory from which it is worth while to hand any back."""
+
+_HELD = Path("/proc/self/statm")
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -152,6 +155,14 @@ def side_by_side(work: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
         yield from pool.map(work, parts)
 
 
+def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
+    """Do two things side by side."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(first)
+        other = second()
+        return ahead.result(), other
+
+
 def trim() -> None:
     """Hand freed memory back to the system, where there is much: glibc keeps what lies between blocks in use.
 
@@ -163,8 +174,7 @@ def trim() -> None:
 
 def _resident() -> int:
     """Return the bytes of memory that the process holds."""
-    with open("/proc/self/statm", "rb") as counts:
-        return int(counts.read().split()[1]) * mmap.PAGESIZE
+    return int(_HELD.read_text().split()[1]) * mmap.PAGESIZE
 
 
 @contextmanager

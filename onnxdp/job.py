@@ -41,7 +41,7 @@ from onnxdp.records import (
     Verification,
     to_plain,
 )
-from onnxdp.refine import refine
+from onnxdp.refine import Original, refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
 from onnxdp.settings import CALIBRATION, Progress, Settings
 from onnxdp.thinning import Thinner
@@ -107,6 +107,7 @@ class Job:
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
     _meter: Meter | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
+    _aims: Original | None = None
 
     @classmethod
     def start(
@@ -216,8 +217,15 @@ class Job:
         return self.workshop.sequential and self.settings.refit is not False
 
     def _one_by_one(self, choice: Choice, *, quick: bool = False) -> tuple[list[Encoded], dict[str, Array]]:
-        choices = list(choice.candidates.values())
-        return refine(self.workshop, self.network, self.fit, choices, self.progress, quick=quick)
+        return self._refined(list(choice.candidates.values()), quick=quick)
+
+    def _refined(
+        self, choices: Sequence[Candidate], *, quick: bool = False
+    ) -> tuple[list[Encoded], dict[str, Array]]:
+        self._aims = self._aims or Original(self.network, self.fit)
+        return refine(
+            self.workshop, self.network, self.fit, choices, self.progress, quick=quick, original=self._aims
+        )
 
     def plan(self) -> Plan:
         """Choose."""
@@ -405,7 +413,7 @@ class Job:
     ) -> tuple[list[Encoded], dict[str, Array]]:
         """Return the arrays of the candidates, and what the biases behind them gain."""
         if refit:
-            return refine(self.workshop, self.network, self.fit, candidates, self.progress)
+            return self._refined(candidates)
         encoded = self.workshop.encode(candidates)
         return encoded, self.workshop.shifts(encoded)
 
