@@ -17,7 +17,7 @@ from onnxdp import arrays, guard, planner, preparation, runtime, stats, weights
 from onnxdp import budget as budgets
 from onnxdp import model as model_file
 from onnxdp.budget import Budget
-from onnxdp.damage import Named, Search
+from onnxdp.damage import Search
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError
 from onnxdp.meter import Meter
@@ -35,6 +35,7 @@ from onnxdp.records import (
     File,
     Kept,
     Macs,
+    Named,
     Plan,
     Pruned,
     Report,
