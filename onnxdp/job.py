@@ -42,7 +42,7 @@ from onnxdp.records import (
     Verification,
     to_plain,
 )
-from onnxdp.refine import Original, refine
+from onnxdp.refine import KEPT, Original, refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
 from onnxdp.settings import CALIBRATION, Progress, Settings
 from onnxdp.thinning import Thinner
@@ -223,7 +223,9 @@ class Job:
     def _refined(
         self, choices: Sequence[Candidate], *, quick: bool = False
     ) -> tuple[list[Encoded], dict[str, Array]]:
-        self._aims = self._aims or Original(self.network, self.fit)
+        # Large networks are encoded once.
+        room = KEPT if stats.macs(self.found.weights) <= budgets.REWEIGHED else 0
+        self._aims = self._aims or Original(self.network, self.fit, room)
         return refine(
             self.workshop, self.network, self.fit, choices, self.progress, quick=quick, original=self._aims
         )

@@ -37,8 +37,8 @@ RIDGE = (0.03, 0.3)
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
-KEPT = 64_000_000
-"""Bytes of what the original's weights put out that are kept for another round."""
+KEPT = 128_000_000
+"""Bytes of what the original's weights put out that may be kept for another round."""
 
 
 def refine(
@@ -160,12 +160,14 @@ class Original:
     ----------
     network : Network
     probes : Probes
+    room : int
+        Bytes that may be kept.
     """
 
-    def __init__(self, network: Network, probes: Probes) -> None:
+    def __init__(self, network: Network, probes: Probes, room: int = 0) -> None:
         self._run = network, probes
         self._kept: dict[str, Aims] = {}
-        self._room = KEPT
+        self._room = room
         self.rest()
 
     def rest(self) -> None:
@@ -263,15 +265,14 @@ def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> tuple[Ar
     """
     count = -(-stats.rows_wanted(weight) // stream.feeds)
     other = tap.added if tap.added is not None and stream.has(tap.added) else None
-    rows: list[Array] = []
-    added: list[Array | None] = []
+    rows = beside = None
     for number in range(stream.feeds):
         x = stream.tensor(number, tap.source)
-        rows.append(tap.sample(weight, x, count, np.random.default_rng((seed, number))))
+        piece = tap.sample(weight, x, count, np.random.default_rng((seed, number)))
+        rows = stats.filled(rows, number, stream.feeds, piece)
         if other is not None:
             y = stream.tensor(number, other)
-            added.append(tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number))))
-    known = [a for a in added if a is not None]
-    beside = np.concatenate(known, axis=1) if known and len(known) == len(added) else None
-    known.clear()
-    return np.concatenate(rows, axis=1), beside
+            added = tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number)))
+            beside = None if added is None else stats.filled(beside, number, stream.feeds, added)
+    assert rows is not None
+    return rows, beside
