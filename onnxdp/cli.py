@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,8 @@ _METAVARS = {
     "exclude": "PATTERN",
     "inputs": "FILE.npz",
     "calibrate": "PATH",
+    "analysis": "FILE.npz",
+    "save_analysis": "FILE.npz",
     "mean": "R,G,B",
     "std": "R,G,B",
     "channel_order": "|".join(CHANNEL_ORDERS),
@@ -247,6 +249,14 @@ def _ready(source: Path, target: Path | None, *, overwrite: bool, dry_run: bool,
         files.require_free(target, overwrite)
 
 
+def _ready_to_keep(settings: Mapping[str, Any], *others: Path | None, overwrite: bool) -> None:
+    """Refuse to keep an analysis where that cannot be; it may take the place of the one it starts from."""
+    kept = settings["save_analysis"]
+    for other in others:
+        files.distinct(other, kept)
+    files.require_free(kept, overwrite)
+
+
 def _mention_default(settings: Settings, talk: _Talk) -> None:
     if settings.error_target is not None and settings.max_error is None and not talk.quiet:
         show.note(f"no target given: keeping the output error within {DEFAULT_MAX_ERROR:g} (--max-error)")
@@ -301,6 +311,7 @@ def compress(
     """
     _mention_default(Settings(**settings), talk)
     _ready(source, target, overwrite=overwrite, dry_run=dry_run, report=report)
+    _ready_to_keep(settings, source, target, report, overwrite=overwrite)
     with talk.working() as progress:
         from onnxdp import api
 
@@ -321,6 +332,7 @@ def plan(source: Path, output: Path | None, overwrite: bool, talk: _Talk, **sett
     _mention_default(Settings(**settings), talk)
     files.distinct(source, output)
     files.require_free(output, overwrite)
+    _ready_to_keep(settings, source, output, overwrite=overwrite)
     with talk.working() as progress:
         from onnxdp import api
 
@@ -352,6 +364,7 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: _
     Settings(**settings)
     files.distinct(source, plot)
     files.require_free(plot, overwrite)
+    _ready_to_keep(settings, source, plot, overwrite=overwrite)
     with talk.working() as progress:
         from onnxdp import api, plots
 

@@ -76,10 +76,17 @@ class Search:
 
     @classmethod
     def of(
-        cls, workshop: Workshop, meter: Meter | None, overhead: Mapping[str, int], progress: Progress
+        cls,
+        workshop: Workshop,
+        meter: Meter | None,
+        overhead: Mapping[str, int],
+        progress: Progress,
+        *,
+        costly: bool = False,
     ) -> Search:
         """Start with no measurement."""
-        return cls(workshop, meter, workshop.items(), overhead, progress, late=_late(workshop, meter))
+        items, late = workshop.items(), _late(workshop, meter)
+        return cls(workshop, meter, items, overhead, progress, costly=costly, late=late)
 
     def curve(self, candidate: Candidate) -> Curve:
         """Return what is known of the damage of a candidate's kind."""
@@ -97,7 +104,7 @@ class Search:
             Not even the smallest candidates fit.
         """
         if not self._scanned:
-            self._scan()
+            self.scan()
             self._scanned = True
         choice = self._choose(budget)
         for number in range(ROUNDS):
@@ -117,7 +124,7 @@ class Search:
             choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
         return choice
 
-    def _scan(self) -> None:
+    def scan(self) -> None:
         """Measure weights alone at a few shares of their float16 bytes: every curve needs a foot to stand on.
 
         The small weights that together hold 1/20 of the bytes are left at float16 unless the target needs
@@ -315,6 +322,12 @@ class Search:
         again, _ = self.together(other)
         log.info("repaired: damage %.4g", again)
         return other if again < damage else choice
+
+    def soften(self, most: float) -> None:
+        """Leave no candidate whose local error is above ``most``: where measurements say too little."""
+        for item in self.items:
+            item.alone = {n: tuple(c for c in o if c.error <= most) for n, o in item.alone.items()}
+            item.together = tuple(o for o in item.together if all(c.error <= most for c in o))
 
     def untouched(self) -> Choice:
         """Return the choice that keeps every weight."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.build import unlike_others
-from onnxdp.errors import PlanError
-from onnxdp.methods.form import Aimed, Form, Lighter, Solved, Task
+from onnxdp.errors import PlanError, UsageError
+from onnxdp.methods.form import Aimed, Form, Keeping, Lighter, Restorable, Solved, Task
 from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import Item
@@ -34,6 +34,14 @@ _WIDE = 3000
 """Inputs of a weight from which its second moment takes tens of megabytes."""
 _LARGE = 8_000_000
 """Numbers of a weight from which it is not solved beside another such."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solutions:
+    """What was solved: the mean that each weight sees, (groups, inputs), and arrays by form and weight."""
+
+    means: Mapping[str, Array]
+    made: Mapping[tuple[str, str], Sequence[Encoded]]
 
 
 class Workshop:
@@ -87,7 +95,7 @@ class Workshop:
         MethodError
             What the weights see holds a value that is not a number.
         """
-        items = [[self.weights[n] for n in group] for group in self._items()]
+        items = [[self.weights[n] for n in group] for group in self._items() if not self._is_solved(group)]
         total = len(self.weights)
         done = 0
         self._source = (network, probes) if network is not None and probes is not None else None
@@ -102,7 +110,7 @@ class Workshop:
             arrays.trim()
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs: list[tuple[Form, Group]]
-            jobs = [(f, (w.name,)) for w in members for f in self.forms.values() if f.supports(w) is None]
+            jobs = [(f, (w.name,)) for w in members for f in self._supporting(w)]
             jobs += [(self.forms[m], g) for g, m in self._groups.items() if g[0] in tasks]
             with arrays.one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 results = pool.map(partial(self._run, tasks), jobs)
@@ -119,6 +127,55 @@ class Workshop:
             tasks.clear()  # large, and not wanted beside the next
             seen.clear()
         progress("solving weights", total, total, "")
+
+    def restore(self, kept: Solutions) -> None:
+        """Take up what an earlier run solved, as far as it goes; :meth:`solve` does the rest.
+
+        Raises
+        ------
+        UsageError
+            What was kept fits no weight here.
+        """
+        for form in self.forms.values():
+            if not isinstance(form, Restorable):
+                continue
+            for w in self.weights.values():
+                if form.supports(w) is not None:
+                    continue
+                made = kept.made.get((form.name, w.name), ())
+                self._require_fit(form, w, made)
+                solved = form.restored(self._task(w, None), made, self._settings, device=self._device)
+                if solved is not None:
+                    self._solved[form.name, (w.name,)] = solved
+        self._means |= {n: m for n, m in kept.means.items() if n in self.weights}
+
+    def kept(self) -> Solutions:
+        """Return what was solved, as far as it can be kept."""
+        made = {
+            (form, group[0]): solved.kept()
+            for (form, group), solved in self._solved.items()
+            if isinstance(solved, Keeping)
+        }
+        return Solutions(dict(self._means), made)
+
+    def _require_fit(self, form: Form, weight: Weight, made: Sequence[Encoded]) -> None:
+        """Refuse arrays that are not what the form would make of a weight."""
+        for e in made:
+            form.check(weight, e.params)
+            like = form.outline(weight, e.params).arrays
+            if {n: a.shape for n, a in like.items()} != {n: a.shape for n, a in e.arrays.items()}:
+                raise UsageError(
+                    f"The analysis holds arrays that do not fit {weight.name}; make it again with "
+                    "--save-analysis."
+                )
+
+    def _supporting(self, weight: Weight) -> list[Form]:
+        return [f for f in self.forms.values() if f.supports(weight) is None]
+
+    def _is_solved(self, group: Group) -> bool:
+        """Whether nothing is left to solve for weights that are decided together."""
+        jobs = {(f.name, (n,)) for n in group for f in self._supporting(self.weights[n])}
+        return len(group) == 1 and jobs <= set(self._solved)
 
     def aim(self, bits: float) -> None:
         """Turn to another target, one of those that were named at the start."""

@@ -65,7 +65,8 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     points = []
     for number, settings in enumerate(each):
         if not job.suits(settings):  # it takes other channels out: a network of its own
-            job = Job.start(source, settings, progress, also=each[number + 1 :])
+            own = replace(settings, save_analysis=None)
+            job = Job.start(source, own, progress, also=each[number + 1 :])
         job = job.aimed(settings)
         job = replace(job, progress=_for_ratio(progress, settings))
         points.append(_point(job, reference))

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from onnxdp import analysis as analyses
 from onnxdp import arrays, guard, planner, preparation, runtime, stats, weights
 from onnxdp import budget as budgets
 from onnxdp import model as model_file
+from onnxdp.analysis import Analysis
 from onnxdp.budget import Budget
 from onnxdp.damage import Search
 from onnxdp.encoding import Workshop
@@ -45,7 +47,7 @@ from onnxdp.records import (
 from onnxdp.refine import KEPT, Original, refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
 from onnxdp.settings import CALIBRATION, Progress, Settings
-from onnxdp.thinning import Thinner
+from onnxdp.thinning import Effect, Thinner
 from onnxdp.tolerance import file_error, within_error, within_error_encoded
 from onnxdp.weights import Found
 
@@ -54,6 +56,12 @@ FIT_SHARE = 0.75
 
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
+
+ALIKE = 0.01
+"""How far outputs have to be apart, over their size, for errors measured on them to tell what weights do."""
+
+MILD = 0.1
+"""Local error that no weight goes beyond where they do not and an output error is asked for: some 4 bits."""
 
 TABLES_SINCE = 10
 """Operator set from which words that name entries of a table are taken apart: Mod is that old."""
@@ -128,6 +136,7 @@ class Job:
         seconds: dict[str, float] = {}
         runtime.onnxruntime()
         device = arrays.resolve_device(settings.device)
+        known = None if settings.analysis is None else Analysis.read(settings.analysis)
         forms = forms_for(settings.method, lighter=settings.macs is not None)
         progress("reading", 0, 1, "")
         with _clock(seconds, "reading"):
@@ -139,6 +148,8 @@ class Job:
             notices = preparation.prepare(model, settings)
             if model.ir.opset_imports.get("", 1) < TABLES_SINCE:
                 settings = replace(settings, codebooks=False)
+            if known is not None and settings.analysis is not None:
+                known.check(settings.analysis, model.sha256, settings)
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)
             if not found.weights:
                 raise TargetError(f"Nothing to gain: {budgets.why_nothing(found)}.")
@@ -147,25 +158,36 @@ class Job:
             )
         with _clock(seconds, "probes"):
             network = Network(model, found)
-            progress("making probe inputs", 0, 1, "")
-            sequential = any(f.sequential for f in forms)
-            found, made = preparation.probed(network, found, settings, many=sequential)
-            fit, held_out = made.split(FIT_SHARE)
-            del made  # large
+            if known is not None:
+                found, fit, held_out = preparation.counted(found, known.positions), known.fit, known.held_out
+            else:
+                progress("making probe inputs", 0, 1, "")
+                sequential = any(f.sequential for f in forms)
+                found, made = preparation.probed(network, found, settings, many=sequential)
+                fit, held_out = made.split(FIT_SHARE)
+                del made  # large
         original, whole = model, found
         with _clock(seconds, "pruning"):
             thinner = Thinner(model, found, network, fit, held_out, settings, progress)
+            if known is not None:
+                thinner.restore(known.dead, known.effect)
             bits = budgets.bits_left(model, whole, found, settings)
             dropped = thinner.check(plan.pruned) if plan is not None else thinner.choose(settings, bits)
+            effect = thinner.effect(dropped) if dropped else None
             if dropped:
                 thinned = thinner.thinned(dropped, settings)
                 model, found, network = thinned.model, thinned.found, thinned.network
                 notices.append(thinned.notice)
         bits, *more = (budgets.bits_left(original, whole, found, s) for s in (settings, *also))
+        more += analyses.BITS if settings.save_analysis is not None else ()
         workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
+        if known is not None and not known.is_of(dropped):
+            known = None  # what it solved and measured is of other weights
         with _clock(seconds, "solving"):
+            if known is not None:
+                workshop.restore(known.solved)
             workshop.solve(network, fit, progress)
-        return cls(
+        job = cls(
             original,
             model,
             found,
@@ -183,7 +205,39 @@ class Job:
             Rewriter(model, found, workshop, settings),
             seconds,
             started,
+            _measured={} if known is None else dict(known.damages),
         )
+        if settings.save_analysis is not None:
+            with _clock(seconds, "analysing"):
+                job._analysed(effect, bits).write(settings.save_analysis)
+        return job
+
+    def _analysed(self, effect: Effect | None, bits: float) -> Analysis:
+        """Measure what further targets would, and return all that is known by then."""
+        for ahead in analyses.MEASURED:
+            self.workshop.aim(ahead)
+            search = self._search()
+            search.scan()
+        self.workshop.aim(bits)
+        return Analysis(
+            self.original.sha256,
+            analyses.deciding(self.settings),
+            self.fit,
+            self.held_out,
+            {w.name: w.positions for w in self.whole.weights},
+            self.thinner.dead,
+            effect,
+            self.workshop.kept(),
+            self._measured,
+        )
+
+    def _search(self) -> Search:
+        """Return a search that starts from what was measured already."""
+        self._meter = self._measuring()
+        overhead = budgets.overhead(self.workshop)
+        search = Search.of(self.workshop, self._meter, overhead, self.progress, costly=self.costly)
+        search.measured_alone = self._measured
+        return search
 
     def suits(self, settings: Settings) -> bool:
         """Whether the same channels go under another target."""
@@ -234,12 +288,9 @@ class Job:
         """Choose."""
         limit = self.settings.error_target
         with _clock(self.seconds, "choosing"):
-            search = Search.of(
-                self.workshop, self._measuring(), budgets.overhead(self.workshop), self.progress
-            )
-            search.measured_alone = self._measured
+            search = self._search()
             search.budget = budget = self.settings.budget(self.model.nbytes)
-            search.costly = self.costly
+            self._distrust(search)
             search.operations = operations = self._operations()
             if operations is not None:
                 budgets.require_reach(operations, search, self.settings)
@@ -280,6 +331,20 @@ class Job:
             tuple(candidates),
             (*kept, *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
+        )
+
+    def _distrust(self, search: Search) -> None:
+        """Say where the network gives all inputs one answer; an error measured on it is no bound then."""
+        if search.meter is None or search.meter.spread >= ALIKE:
+            return
+        bounded = self.settings.error_target is not None
+        if bounded:
+            search.soften(MILD)
+        coarser = f"; so no weight's own output changes by more than {MILD:.0%}" if bounded else ""
+        self.notices.append(
+            f"The outputs hardly differ between the inputs ({self.held_out.source}; by "
+            f"{search.meter.spread:.1g} of their size), so the error measured on them says little{coarser}; "
+            "give real inputs with --inputs or --calibrate."
         )
 
     def _kept_within(

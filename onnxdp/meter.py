@@ -38,6 +38,12 @@ class Meter:
         self._stream = Stream(self.network, self._probes)
         self._tail = Tail(self.network, self.watched, self.network.fed)
 
+    @property
+    def spread(self) -> float:
+        """Deviation of the watched outputs between samples over their size; the largest of all."""
+        shares = [self._power[n] / (self._size[n] or 1.0) for n in self.watched if n in self._power]
+        return float(max(shares, default=1.0) ** 0.5)
+
     def together(self, changes: Changes) -> tuple[float, float]:
         """Return (damage, relative output error) of all changes at once.
 
@@ -99,7 +105,7 @@ class Meter:
             apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
             if name in self.watched:
                 lost = apart if apart > _ROUNDING**2 * self._size[name] else 0.0
-                damages.append(lost / (self._power[name] or 1.0))
+                damages.append(lost / (self._power[name] or self._size[name] or 1.0))
             if name in self.network.outputs:
                 errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
         return sum(damages) / max(1, len(damages) - 1), max(errors)
@@ -113,11 +119,10 @@ def _squares(a: Array, b: Array) -> float:
 
 
 def _variance(stacked: Array, probes: Probes) -> float:
-    """Sum of squares about the mean over samples; about zero where there is one sample only."""
+    """Sum of squares about the mean over samples; of the whole where there is one sample only."""
     rows = (
         stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
     )
     if len(rows) < 2:
         return float(np.square(rows).sum())
-    centred = float(np.square(rows - rows.mean(axis=0)).sum())
-    return centred or float(np.square(rows).sum())
+    return float(np.square(rows - rows.mean(axis=0)).sum())

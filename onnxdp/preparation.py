@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -54,10 +55,7 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     Returns the weights with their positions, and the probes.
     """
     first = _one(runtime.input_specs(network.specification), settings)
-    positions = stats.positions(network, found, first.feeds[0], first.batch)
-    found = replace(
-        found, weights=tuple(replace(w, positions=positions.get(w.name, 0)) for w in found.weights)
-    )
+    found = counted(found, stats.positions(network, found, first.feeds[0], first.batch))
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
@@ -68,6 +66,13 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     )
     made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
+
+
+def counted(found: Found, positions: Mapping[str, int]) -> Found:
+    """Return the weights with the output positions of one sample that each multiplies."""
+    return replace(
+        found, weights=tuple(replace(w, positions=positions.get(w.name, 0)) for w in found.weights)
+    )
 
 
 def _carried(made: Probes, network: Network) -> Probes:

@@ -131,6 +131,13 @@ class Settings:
         "Take out inner channels that the network can do without, as far as the bytes they leave are worth "
         "more; default: with rounded weights those that are dead.",
     )
+    analysis: Path | None = _setting(
+        None,
+        "Start from what --save-analysis kept of the same model and options: another target is soon met.",
+    )
+    save_analysis: Path | None = _setting(
+        None, "Keep the analysis in this file (.npz): probe inputs, solutions, measurements."
+    )
     freeze_initializers: bool = _setting(False, "Treat initializers that are also graph inputs as constants.")
     device: str = _setting("auto", "Where weights are solved: auto, cpu or cuda.")
     seed: int = _setting(0, "Seed of every random choice.")

@@ -153,16 +153,25 @@ class Thinner:
             return self._dead_ones()
         return best.dropped if best.share >= WORTH else {}
 
+    @property
+    def dead(self) -> Dropped | None:
+        """The channels without which nothing changes; None where nobody looked."""
+        return self._dead
+
+    def restore(self, dead: Dropped | None, effect: Effect | None) -> None:
+        """Take up what an earlier run found."""
+        self._dead, self._fitted = dead, effect
+
     def _dead_ones(self) -> Dropped:
         """Return the channels without which nothing changes, if they are worth it; measured once."""
         if self._dead is None:
             with arrays.one_blas_thread():
                 dead = self._pruner.dead()
                 worth = self._pruner.share(dead) >= WORTH
-            self._dead = dead if worth and self._effect(dead).error <= NOTHING else {}
+            self._dead = dead if worth and self.effect(dead).error <= NOTHING else {}
         return self._dead
 
-    def _effect(self, dropped: Dropped) -> Effect:
+    def effect(self, dropped: Dropped) -> Effect:
         """Take channels out and measure that; what was asked last is kept: it is mostly what goes."""
         if self._fitted is None or self._fitted.dropped != dropped:
             with arrays.one_blas_thread():
@@ -208,7 +217,7 @@ class Thinner:
 
     def thinned(self, dropped: Dropped, settings: Settings) -> Thinned:
         """Return the network without some channels, what reads them fitted again."""
-        effect, self._fitted = self._effect(dropped), None
+        effect, self._fitted = self.effect(dropped), None
         fit = effect.fit
         made = model_file.copy(self._model)
         twin = replace(weights.find(made.ir), weights=self._found.weights)

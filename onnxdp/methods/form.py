@@ -82,6 +82,24 @@ class Aimed(Protocol):
 
 
 @runtime_checkable
+class Keeping(Protocol):
+    """A solution that can be kept for another run."""
+
+    def kept(self) -> Sequence[Encoded]:
+        """Return what :meth:`Restorable.restored` needs."""
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """A form whose solutions can be restored without samples."""
+
+    def restored(
+        self, task: Task, kept: Sequence[Encoded], settings: Settings, *, device: str
+    ) -> Solved | None:
+        """Return the solution of an earlier run, None where what it kept is not enough for the task."""
+
+
+@runtime_checkable
 class Lighter(Protocol):
     """A form that can change how many operations a run takes."""
 

@@ -55,6 +55,10 @@ class Float16:
         """Round."""
         return _Rounded(tasks[0])
 
+    def restored(self, task: Task, kept: Sequence[Encoded], settings: Settings, *, device: str) -> Solved:
+        """Round; nothing needs to be kept."""
+        return _Rounded(task)
+
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round."""
         return _Rounded(task).encode([task], [params])[0]

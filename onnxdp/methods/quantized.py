@@ -105,7 +105,16 @@ class Quantized:
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
         """Round to a few numbers of levels; what the others lose lies between."""
-        return _Roundings(tasks[0], device, tables=settings.codebooks is not False)
+        made = _Roundings(tasks[0], device, tables=settings.codebooks is not False)
+        made.complete(tasks[0])
+        return made
+
+    def restored(
+        self, task: Task, kept: Sequence[Encoded], settings: Settings, *, device: str
+    ) -> Solved | None:
+        """Take up what an earlier run rounded, if it is all that the task's targets try."""
+        made = _Roundings(task, device, tables=settings.codebooks is not False, kept=kept)
+        return None if made.missing(task) else made
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
@@ -253,14 +262,26 @@ def kept(scale: Array, unit: float) -> Array:
 class _Roundings:
     """One weight, rounded to some alphabets."""
 
-    def __init__(self, task: Task, device: str, *, tables: bool) -> None:
+    def __init__(self, task: Task, device: str, *, tables: bool, kept: Sequence[Encoded] = ()) -> None:
         self._weight = task.weight
         self._device = device
         self._tables = tables
-        problem = Problem.of(task, device)
+        self._made = {Alphabet.of(e.params): e for e in kept}
         self._steps, self._vectors = self._scan(task.bits)
+
+    def missing(self, task: Task) -> list[Alphabet]:
+        """Return the alphabets that the task's targets try and that were not."""
         tried = {a for bits in (task.bits, *task.also) for some in self._scan(bits) for a in some}
-        self._made = {a: self._quick(task, a, problem) for a in sorted(tried)}
+        return sorted(tried - set(self._made))
+
+    def complete(self, task: Task) -> None:
+        """Try what is missing."""
+        problem = Problem.of(task, self._device)
+        self._made |= {a: self._quick(task, a, problem) for a in self.missing(task)}
+
+    def kept(self) -> Sequence[Encoded]:
+        """Return what was rounded."""
+        return list(self._made.values())
 
     def aim(self, bits: float) -> None:
         """Let the alphabets that another target tries speak for the others."""
