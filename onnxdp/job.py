@@ -63,6 +63,9 @@ ALIKE = 0.01
 MILD = 0.1
 """Local error that no weight goes beyond where they do not and an output error is asked for: some 4 bits."""
 
+MANY = 96
+"""Samples from which every other feed is enough for arrays that are only measured."""
+
 TABLES_SINCE = 10
 """Operator set from which words that name entries of a table are taken apart: Mod is that old."""
 
@@ -116,7 +119,8 @@ class Job:
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
     _meter: Meter | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
-    _aims: Original | None = None
+    _originals: dict[bool, Original] = field(default_factory=dict)
+    """Whether quick -> what is kept of the network as it was."""
 
     @classmethod
     def start(
@@ -277,11 +281,14 @@ class Job:
     def _refined(
         self, choices: Sequence[Candidate], *, quick: bool = False
     ) -> tuple[list[Encoded], dict[str, Array]]:
-        # Large networks are encoded once.
-        room = KEPT if stats.macs(self.found.weights) <= budgets.REWEIGHED else 0
-        self._aims = self._aims or Original(self.network, self.fit, room)
+        probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
+        if quick not in self._originals:
+            # Large networks are encoded once.
+            room = KEPT if stats.macs(self.found.weights) <= budgets.REWEIGHED else 0
+            self._originals[quick] = Original(self.network, probes, room)
+        original = self._originals[quick]
         return refine(
-            self.workshop, self.network, self.fit, choices, self.progress, quick=quick, original=self._aims
+            self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original
         )
 
     def plan(self) -> Plan:

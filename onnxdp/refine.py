@@ -64,7 +64,7 @@ def refine(
     quick : bool
         Whether the result is only to be measured.
     original : Original, optional
-        Of the same network and probes, from an earlier call.
+        Of the same network and probes, from an earlier call that was as quick.
 
     Returns
     -------
@@ -92,7 +92,8 @@ def refine(
         progress("refitting weights", done, len(order), choice.weight)
         weight, tap = workshop.weights[choice.weight], taps[choice.weight]
         assert tap is not None
-        spot = Spot(weight, tap, network.place(tap.output), weights.can_centre(workshop.found, weight))
+        rows = stats.rows_wanted(weight) // (2 if quick else 1)
+        spot = Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(workshop.found, weight))
         tensor = weights.tensor_of(workshop.found, weight.name)
         w = weights.blocks(weight, tensor).astype(np.float32)
         with arrays.one_blas_thread():
@@ -111,11 +112,24 @@ def refine(
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A weight, the one place where it meets activations, and whether the bias takes up their mean."""
+    """A weight, the one place where it meets activations, and how they are looked at there.
+
+    Attributes
+    ----------
+    weight : Weight
+    tap : Tap
+    place : int
+        In graph order.
+    rows : int
+        To sample.
+    centred : bool
+        Whether the bias takes up their mean.
+    """
 
     weight: Weight
     tap: stats.Tap
     place: int
+    rows: int
     centred: bool
 
 
@@ -239,7 +253,7 @@ def _ridge_solve(b: Array, target: Array) -> Array:
 def _look(stream: Stream, spot: Spot, changes: Changes, seed: int) -> Seen:
     """Move a network on to a weight, and return what it sees there."""
     stream.advance(spot.place, changes)
-    x, beside = _rows(stream, spot.weight, spot.tap, seed)
+    x, beside = _rows(stream, spot, seed)
     groups, count, inputs = x.shape
     root = np.float32(count**0.5)
     mean = np.zeros((groups, inputs))
@@ -256,14 +270,14 @@ def _look(stream: Stream, spot: Spot, changes: Changes, seed: int) -> Seen:
     return Seen(x, mean, beside, mean_beside)
 
 
-def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> tuple[Array, Array | None]:
+def _rows(stream: Stream, spot: Spot, seed: int) -> tuple[Array, Array | None]:
     """Return sampled rows of the weight's input, and those of what is added to its output.
 
     (groups, rows, inputs), and (groups, rows, outputs) at the same places; None where nothing that is known
     by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
     1.3).
     """
-    count = -(-stats.rows_wanted(weight) // stream.feeds)
+    weight, tap, count = spot.weight, spot.tap, -(-spot.rows // stream.feeds)
     other = tap.added if tap.added is not None and stream.has(tap.added) else None
     rows = beside = None
     for number in range(stream.feeds):
