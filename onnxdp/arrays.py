@@ -33,6 +33,8 @@ _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.s
 _ROOMY = 500_000_000
 """Bytes of memory from which it is worth while to hand any back."""
 
+_APART = 128
+"""Half of a matrix's columns from which its second moment is formed in pieces."""
 _HELD = Path("/proc/self/statm")
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -128,7 +130,7 @@ def gram(x: Array) -> Array:
     """Return X^T X, (stack, m, m), of X (stack, s, m); large ones in three pieces, two of them symmetric."""
     xp = namespace(x)
     half = x.shape[-1] // 2
-    if half < 512 or not isinstance(x, np.ndarray):
+    if half < _APART or not isinstance(x, np.ndarray):
         return xp.matrix_transpose(x) @ x
     whole = np.empty((len(x), x.shape[-1], x.shape[-1]), x.dtype)
 
