@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the answer is no; 2 the request or the input is unusable; 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 Command: TypeAlias = Callable[..., Any]
 
+_ARENA_MAX = -8
+"""What glibc's ``mallopt`` calls the number of its heaps (M_ARENA_MAX)."""
 _FILE = click.Path(path_type=Path)
 _METAVARS = {
     "ratio": "R",
@@ -121,6 +124,15 @@ def _verdict(e: BaseException) -> tuple[int, str]:
     return 70, f"This is a bug in onnxdp ({what}); please report it with what --debug -vv prints."
 
 
+def _share_heap() -> None:
+    """Let all threads have one heap: what one gave back another takes (a fifth off a ResNet-18's peak).
+
+    Only here, where the process is ours: it is all of glibc's allocator that is told.
+    """
+    if sys.platform.startswith("linux") and (tell := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        tell(_ARENA_MAX, 1)
+
+
 def _place(e: OSError) -> str:
     return "" if e.filename is None else f": {e.filename}"
 
@@ -137,6 +149,7 @@ class _Commands(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         # Read here, because these must hold for errors that parsing itself finds.
         flags = words[: words.index("--")] if "--" in words else words
+        _share_heap()
         try:
             with _stoppable():
                 code = super().main(words, *rest, **{**extra, "standalone_mode": False}) or 0
