@@ -99,7 +99,7 @@ def test_what_no_probe_reaches_counts_as_the_others_do(parts):
     model, *_ = parts
     job = Job.start(model_file.serialize(model), Settings(samples=8), lambda *_: None)
     search = Search.of(job.workshop, job._measuring(), overhead(job.workshop), job.progress)
-    search._scan()
+    search.scan()
     squares = np.array([1e-3])
     damage = {n: float(c(squares)[0]) for (n, m), c in search.curves.items() if m == "quant"}
     assert damage["other_w"] >= min(damage.values()) and damage["other_w"] >= 1e-4
