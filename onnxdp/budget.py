@@ -72,12 +72,12 @@ class Budget:
                 f"ask for that (--size {reached}) or less."
             )
         fitting = self._fitting(self._room(reached))
-        return self.search.smallest() if fitting is None else self._checked(*fitting)
+        return self.search.smallest() if fitting is None else self._filled(self._checked(*fitting))
 
     def closest(self, reached: int) -> Choice:
         """Return the choice of least foreseen damage that fits, the smallest where none does."""
         fitting = self._fitting(self._room(reached))
-        return self.search.smallest() if fitting is None else fitting[0]
+        return self.search.smallest() if fitting is None else self._filled(fitting[0])
 
     def _room(self, reached: int) -> int:
         """Return what the budget leaves for weights, by their estimates.
@@ -117,6 +117,19 @@ class Budget:
             if self.rewriter.size(choice) <= self.nbytes:
                 best, low = choice, room
         return None if best is None else (best, int(low))
+
+    def _filled(self, choice: Choice) -> Choice:
+        """Spend what steps between choices left over on single weights, as far as the file still fits."""
+        left = self.nbytes - self.rewriter.size(choice)
+        for _ in range(8):
+            if left <= max(self.nbytes * NEAR, 64):
+                break
+            more = self.search.filled(choice, left)
+            if more.candidates == choice.candidates:
+                break
+            over = self.rewriter.size(more) - self.nbytes
+            choice, left = (choice, left - over) if over > 0 else (more, -over)
+        return choice
 
     def _checked(self, choice: Choice, room: int) -> Choice:
         """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""

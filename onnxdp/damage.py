@@ -113,6 +113,10 @@ class Search:
             choice = self._choose(budget)
         return choice
 
+    def filled(self, choice: Choice, left: int) -> Choice:
+        """Return the choice with ``left`` bytes more to spend, on what is known."""
+        return planner.filled(self.items, self.curves, choice, left, self.overhead, self.operations)
+
     def settled(self, log_price: float, number: int) -> Choice:
         """Choose at a price (log of damage per byte), measuring once or twice where the choice falls."""
         price = math.exp(log_price)

@@ -165,6 +165,20 @@ def choose(
     return table.filled(found if found.nbytes <= budget else least, budget)
 
 
+def filled(
+    items: Sequence[Item],
+    curves: Curves,
+    choice: Choice,
+    left: int,
+    overhead: Mapping[str, int],
+    operations: Operations | None = None,
+) -> Choice:
+    """Return a choice with ``left`` bytes more to spend; no table is taken that it does not name already."""
+    named = {t for c in choice.candidates.values() if (t := table_of(c.params))}
+    table = _Table(without_tables(items, named), curves, overhead, operations)
+    return table.filled(choice, choice.nbytes + left)
+
+
 def price(
     items: Sequence[Item],
     curves: Curves,

@@ -1,7 +1,7 @@
 """Inputs that nobody has to bring, made up from names, shapes and a seed; or read from the user's file.
 
 Pictures are things before textured dead leaves (:mod:`onnxdp.pictures`), ids are texts of made-up words
-(:mod:`onnxdp.texts`), masks are ones, recurrent states zeros, everything else standard normal.
+(:mod:`onnxdp.texts`), masks are ones, recurrent states zeros, everything else noise (:mod:`onnxdp.signals`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxdp import archives, pictures, texts
+from onnxdp import archives, pictures, signals, texts
 from onnxdp.answers import Answers, diversity, pick
 from onnxdp.errors import UsageError
 from onnxdp.inputs import (
@@ -381,7 +381,7 @@ def _numbers(
 
     def one(i: int) -> Array:
         rng = np.random.Generator(np.random.PCG64([seed, k, i]))
-        made = texts.draw(shape, most, rng) if spec.kind == "ids" else rng.standard_normal(shape)
+        made = texts.draw(shape, most, rng) if spec.kind == "ids" else signals.draw(shape, rng)
         return made.astype(dtype)
 
     return one

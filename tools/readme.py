@@ -76,7 +76,8 @@ def house() -> str:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = {c["containers"][0]: c["layers"] for c in contracts if c["type"] == "layers"}
     rows = []
-    places = [("onnxdp", "onnxdp"), ("onnxdp.methods", "onnxdp/methods"), ("onnxdp.passes", "passes")]
+    places = [(f"onnxdp.{n}", f"onnxdp/{n}") for n in ("cli", "methods")]
+    places = [("onnxdp", "onnxdp"), *places, ("onnxdp.passes", "passes")]
     for package, folder in places:
         rows += list(rooms(package, ROOT / folder, layers[package]))
     rows += sorted((ROOT / "tools").glob("*.py"))
