@@ -282,10 +282,12 @@ class Job:
         self, choices: Sequence[Candidate], *, quick: bool = False
     ) -> tuple[list[Encoded], dict[str, Array]]:
         probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
+        if not quick:
+            self._originals.pop(True, None)  # there is no way back
         if quick not in self._originals:
-            # Large networks are encoded once.
-            room = KEPT if stats.macs(self.found.weights) <= budgets.REWEIGHED else 0
-            self._originals[quick] = Original(self.network, probes, room)
+            again = quick or self.settings.error_target is not None
+            small = stats.macs(self.found.weights) <= budgets.REWEIGHED
+            self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
         original = self._originals[quick]
         return refine(
             self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original

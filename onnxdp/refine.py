@@ -37,7 +37,7 @@ RIDGE = (0.03, 0.3)
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
-KEPT = 128_000_000
+KEPT = 64_000_000
 """Bytes of what the original's weights put out that may be kept for another round."""
 
 
