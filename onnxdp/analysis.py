@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from onnxdp import archives, files
-from onnxdp.damage import Named
 from onnxdp.encoding import Solutions
 from onnxdp.errors import UsageError
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped, Fit
-from onnxdp.records import Array, Encoded, Params, to_plain
+from onnxdp.records import Array, Encoded, Named, Params, to_plain
 from onnxdp.result import versions
 from onnxdp.settings import TARGETS, Settings
 from onnxdp.thinning import Effect

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
@@ -27,6 +29,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+_ROOMY = 500_000_000
+"""Bytes of memory from which it is worth while to hand any back."""
+
+_APART = 128
+"""Half of a matrix's columns from which its second moment is formed in pieces."""
+_HELD = Path("/proc/self/statm")
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -121,7 +130,7 @@ def gram(x: Array) -> Array:
     """Return X^T X, (stack, m, m), of X (stack, s, m); large ones in three pieces, two of them symmetric."""
     xp = namespace(x)
     half = x.shape[-1] // 2
-    if half < 512 or not isinstance(x, np.ndarray):
+    if half < _APART or not isinstance(x, np.ndarray):
         return xp.matrix_transpose(x) @ x
     whole = np.empty((len(x), x.shape[-1], x.shape[-1]), x.dtype)
 
@@ -148,10 +157,26 @@ def side_by_side(work: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
         yield from pool.map(work, parts)
 
 
+def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
+    """Do two things side by side."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(first)
+        other = second()
+        return ahead.result(), other
+
+
 def trim() -> None:
-    """Hand freed memory back to the system: glibc keeps what lies between blocks in use."""
-    if _MALLOC_TRIM is not None:
+    """Hand freed memory back to the system, where there is much: glibc keeps what lies between blocks in use.
+
+    What is handed back is cleared when it is asked for again: a fifth of the time of a small network.
+    """
+    if _MALLOC_TRIM is not None and _resident() > _ROOMY:
         _MALLOC_TRIM(0)
+
+
+def _resident() -> int:
+    """Return the bytes of memory that the process holds."""
+    return int(_HELD.read_text().split()[1]) * mmap.PAGESIZE
 
 
 @contextmanager

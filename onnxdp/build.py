@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ class Builder:
         half = half.reshape(shape)
         axis = next((i for i, n in enumerate(half.shape) if n > 1), 0)
         name = self._paper.terse()
-        tensor = ir.tensor(half.astype(np.float32), name=name)
+        tensor = ir.Tensor(half.astype(np.float32), name=name)
         value = ir.Value(
             name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(half.shape)
         )
@@ -251,7 +252,7 @@ class Builder:
 
     def _registered(self, graph: ir.Graph, wanted: str, array: Array) -> ir.Value:
         name = self._paper.fresh(wanted)
-        return self._kept(graph, ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
+        return self._kept(graph, ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
     def _kept(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
@@ -311,7 +312,12 @@ def unlike_others(array: Array, name: str, below: int = 128) -> Array:
 
 def nbytes(opset: int, draw: Callable[[Builder], object]) -> int:
     """Count the bytes that a drawing adds to a model file, by drawing it on a blank one."""
-    return _blank_with(opset, draw) - _blank_with(opset, lambda build: None)
+    return _blank_with(opset, draw) - _blank(opset)
+
+
+@cache
+def _blank(opset: int) -> int:
+    return _blank_with(opset, lambda build: None)
 
 
 def _blank_with(opset: int, draw: Callable[[Builder], object]) -> int:
@@ -321,7 +327,7 @@ def _blank_with(opset: int, draw: Callable[[Builder], object]) -> int:
     paper = Paper(model)
     draw(Builder(graph, "w", paper))
     paper.finish()
-    proto = ir.to_proto(model)
+    proto = ir.serde.serialize_model(model)
     del proto.graph.value_info[:]  # onnx-ir adds it, and the file does not get it
     return int(proto.ByteSize())
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TypeAlias
 
 from onnxdp import planner
 from onnxdp.encoding import Workshop
@@ -21,7 +20,7 @@ from onnxdp.errors import TargetError
 from onnxdp.meter import Meter
 from onnxdp.network import bias_input
 from onnxdp.planner import Choice, Curve, Item, Operations
-from onnxdp.records import Array, Candidate, Encoded, Param
+from onnxdp.records import Array, Candidate, Encoded, Named
 from onnxdp.settings import Progress
 
 ROUNDS = 6
@@ -47,9 +46,6 @@ SLACK = 0.02
 """... and the share of the file's budget that they may take so."""
 
 log = logging.getLogger(__name__)
-
-Named: TypeAlias = tuple[str, str, tuple[tuple[str, Param], ...]]
-"""A candidate by weight, method and parameters."""
 
 
 @dataclass(slots=True)
@@ -232,7 +228,7 @@ class Search:
 
     def _alone(self, candidate: Candidate) -> float:
         assert self.meter is not None
-        key = candidate.weight, candidate.method, tuple(sorted(candidate.params.items()))
+        key = candidate.named
         if key not in self.measured_alone:
             encoded = self.workshop.encode(self._with_sharers(candidate))
             own = [e for e in encoded if e.weight == candidate.weight]

@@ -19,7 +19,7 @@ from onnxdp import budget as budgets
 from onnxdp import model as model_file
 from onnxdp.analysis import Analysis
 from onnxdp.budget import Budget
-from onnxdp.damage import Named, Search
+from onnxdp.damage import Search
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError
 from onnxdp.meter import Meter
@@ -37,13 +37,14 @@ from onnxdp.records import (
     File,
     Kept,
     Macs,
+    Named,
     Plan,
     Pruned,
     Report,
     Verification,
     to_plain,
 )
-from onnxdp.refine import refine
+from onnxdp.refine import KEPT, Original, refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
 from onnxdp.settings import CALIBRATION, Progress, Settings
 from onnxdp.thinning import Effect, Thinner
@@ -61,6 +62,9 @@ ALIKE = 0.01
 
 MILD = 0.1
 """Local error that no weight goes beyond where they do not and an output error is asked for: some 4 bits."""
+
+MANY = 96
+"""Samples from which every other feed is enough for arrays that are only measured."""
 
 TABLES_SINCE = 10
 """Operator set from which words that name entries of a table are taken apart: Mod is that old."""
@@ -115,6 +119,8 @@ class Job:
     _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
     _meter: Meter | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
+    _originals: dict[bool, Original] = field(default_factory=dict)
+    """Whether quick -> what is kept of the network as it was."""
 
     @classmethod
     def start(
@@ -273,8 +279,22 @@ class Job:
         return self.workshop.sequential and self.settings.refit is not False
 
     def _one_by_one(self, choice: Choice, *, quick: bool = False) -> tuple[list[Encoded], dict[str, Array]]:
-        choices = list(choice.candidates.values())
-        return refine(self.workshop, self.network, self.fit, choices, self.progress, quick=quick)
+        return self._refined(list(choice.candidates.values()), quick=quick)
+
+    def _refined(
+        self, choices: Sequence[Candidate], *, quick: bool = False
+    ) -> tuple[list[Encoded], dict[str, Array]]:
+        probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
+        if not quick:
+            self._originals.pop(True, None)  # there is no way back
+        if quick not in self._originals:
+            again = quick or self.settings.error_target is not None
+            small = stats.macs(self.found.weights) <= budgets.REWEIGHED
+            self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
+        original = self._originals[quick]
+        return refine(
+            self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original
+        )
 
     def plan(self) -> Plan:
         """Choose."""
@@ -473,7 +493,7 @@ class Job:
     ) -> tuple[list[Encoded], dict[str, Array]]:
         """Return the arrays of the candidates, and what the biases behind them gain."""
         if refit:
-            return refine(self.workshop, self.network, self.fit, candidates, self.progress)
+            return self._refined(candidates)
         encoded = self.workshop.encode(candidates)
         return encoded, self.workshop.shifts(encoded)
 

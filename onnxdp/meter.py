@@ -15,6 +15,10 @@ _ROUNDING = 64 * float(np.finfo(np.float32).eps)
 """Relative error that is no damage: pieces round otherwise than the whole."""
 
 
+MANY = 32
+"""Samples from which every other feed is enough to see what a single change does."""
+
+
 class Meter:
     """Measures what changed weights do to the network's outputs on held-out probes.
 
@@ -25,6 +29,8 @@ class Meter:
     def __init__(self, network: Network, probes: Probes) -> None:
         self.network = network
         self._probes = probes
+        self._step = 2 if probes.samples >= MANY else 1
+        self._few = probes.every(self._step)
         self.watched = before_softmax(network.proto.graph)
         self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
         self._session = network.session(self._all)
@@ -35,7 +41,7 @@ class Meter:
 
     def rest(self) -> None:
         """Let go of tensors and sessions; what is asked next makes them again."""
-        self._stream = Stream(self.network, self._probes)
+        self._stream = Stream(self.network, self._few)
         self._tail = Tail(self.network, self.watched, self.network.fed)
 
     @property
@@ -64,7 +70,7 @@ class Meter:
 
         A group starts with a weight: only what comes after the first node that reads it is run again.
         """
-        stream = Stream(self.network, self._probes)
+        stream = Stream(self.network, self._few)
         tail = Tail(self.network, self.watched, {**self.network.fed, **changes})
         order = sorted(range(len(groups)), key=lambda k: self.network.position(groups[k][0]))
         found = [0.0] * len(groups)
@@ -79,12 +85,11 @@ class Meter:
         """Return the damage of a tail's weights with changes to one of them, those before it as given."""
         place = self.network.position(weight)
         stream.advance(place, before)
-        return self._compare(
-            [
-                self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
-                for number, feed in enumerate(self._probes.feeds)
-            ]
-        )[0]
+        got = [
+            self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
+            for number, feed in enumerate(self._few.feeds)
+        ]
+        return self._compare(got, self._step)[0]
 
     def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         return {
@@ -97,12 +102,15 @@ class Meter:
             if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
                 yield name
 
-    def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
+    def _compare(self, got: Sequence[Mapping[str, Array]], step: int = 1) -> tuple[float, float]:
+        """Compare the outputs of every so manyth feed with what they were; those stand for the others."""
+        base = self._base[::step]
+        share = len(base) / len(self._base)
         damages, errors = [0.0], [0.0]
         for name in self._floating():
             if name not in got[0]:
                 continue
-            apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
+            apart = sum(_squares(a[name], b[name]) for a, b in zip(got, base, strict=True)) / share
             if name in self.watched:
                 lost = apart if apart > _ROUNDING**2 * self._size[name] else 0.0
                 damages.append(lost / (self._power[name] or self._size[name] or 1.0))

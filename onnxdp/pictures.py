@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -115,15 +116,21 @@ def _waves(rng: np.random.Generator, count: int, height: int, width: int, cells:
     """Smooth noise, deviation about 1: cubic B-splines over ``cells`` squared, (count, height, width)."""
     made = rng.standard_normal((count, cells + 3, cells + 3), dtype=np.float32)
     for axis, size in ((1, height), (2, width)):
-        at = np.arange(size, dtype=np.float32) * np.float32(cells / size)
-        cell = np.minimum(at.astype(np.intp), cells - 1)
-        f = at - cell
-        weights = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3)
-        spread = np.zeros((size, cells + 3), np.float32)
-        for k, weight in enumerate(weights):
-            spread[np.arange(size), cell + k] = weight / 6
-        made = np.moveaxis(np.tensordot(made, spread, (axis, 1)), -1, axis)
+        made = np.moveaxis(np.tensordot(made, _splines(size, cells), (axis, 1)), -1, axis)
     return np.asarray(1.6 * made)
+
+
+@lru_cache(64)
+def _splines(size: int, cells: int) -> Array:
+    """Weights of cubic B-splines over ``cells`` at ``size`` places, (size, cells + 3)."""
+    at = np.arange(size, dtype=np.float32) * np.float32(cells / size)
+    cell = np.minimum(at.astype(np.intp), cells - 1)
+    f = at - cell
+    weights = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3)
+    spread = np.zeros((size, cells + 3), np.float32)
+    for k, weight in enumerate(weights):
+        spread[np.arange(size), cell + k] = weight / 6
+    return spread
 
 
 def _pattern(rng: np.random.Generator, channels: int, height: int, width: int) -> Array:

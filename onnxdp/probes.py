@@ -77,6 +77,11 @@ class Probes:
         """Samples in one feed."""
         return self.samples // len(self.feeds)
 
+    def every(self, step: int) -> Probes:
+        """Keep one feed of so many."""
+        feeds = self.feeds[::step]
+        return replace(self, feeds=feeds, samples=len(feeds) * self.batch, parts=())
+
     def split(self, share: float) -> tuple[Probes, Probes]:
         """Part into ``share`` of the samples and the held-out rest: random, always the same, never empty.
 

@@ -38,6 +38,8 @@ APART = (1e4, 0.1)
 """... unless beyond it, up to so many times as much, there are so many others for each: those that happen to
 be silent on made-up pictures do not stand apart (EfficientNet-Lite0: 271 dead ones, 105 beyond; losing them
 costs a tenth of the logits' energy on real pictures; ResNet-20 and 56: 13 and 52, none beyond, nothing)."""
+LIKELY = 100.0
+"""Times as much on one feed alone as makes it worth while to look at the others."""
 ENOUGH = 96
 """Samples on which channels that are dead show it."""
 DAMPING = (0.01, 0.1)
@@ -103,6 +105,8 @@ class Pruner:
         self._progress = progress
         self._weights = {w.name: w for w in found.weights}
         self._coarse: dict[str, float] = {}
+        self._dead: Dropped | None = None
+        self._means: dict[str, Array] = {}  # of what readers of Convs are fed, as dead() saw it
         self.chains = tuple(c for c in chains if all(self._usable(n) for n in _ends([c])))
 
     def candidates(self, levels: Sequence[float] = LEVELS) -> list[Fit]:
@@ -122,19 +126,31 @@ class Pruner:
 
     def dead(self) -> Dropped:
         """Return the channels that give their readers nothing, where these are a kind of their own."""
-        if self._probes.samples < ENOUGH:
+        if self._dead is None:
+            count = -(-ENOUGH // self._probes.batch)
+            few = self._probes.feeds[:count] if self._probes.samples >= ENOUGH else ()
+            # Most networks have none, and one feed says so.
+            shares = self._shares(few[:1])
+            if any((m <= LIKELY * DEAD).any() for m in shares.values()):
+                shares = self._shares(few)
+            self._dead = self._alone(shares)
+        return self._dead
+
+    def _shares(self, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """Return what each channel gives to what its readers give, the largest share; of chains of Convs.
+
+        What the units of an MLP answer to, probes may lack: only channels of a Conv are said to be dead.
+        """
+        if not feeds:
             return {}
-        few = self._probes.feeds[: -(-ENOUGH // self._probes.batch)]
-        stream = Stream(
-            self._network, replace(self._probes, feeds=few, samples=len(few) * self._probes.batch)
-        )
-        # What the units of an MLP answer to, probes may lack: only channels of a Conv are said to be dead.
+        probes = replace(self._probes, feeds=tuple(feeds), samples=len(feeds) * self._probes.batch)
+        stream = Stream(self._network, probes)
         convs = [c for c in self.chains if self._weights[c.weight].op == "Conv"]
         gives: dict[str, Array] = {}
         every = sorted(_ends(convs), key=self._place)
         for done, name in enumerate(every):
             self._progress("looking for dead channels", done, len(every), name)
-            rows, _ = self._rows(stream, name)
+            rows, self._means[name] = self._rows(stream, name)
             w = self._matrix(name)
             whole = float(np.square(rows @ w).sum(dtype=np.float64))
             each = np.square(rows).sum(axis=0, dtype=np.float64) * np.square(w).sum(axis=1, dtype=np.float64)
@@ -143,18 +159,34 @@ class Pruner:
         for chain in convs:
             shares = [gives[n][self._seats([chain], n)].sum(axis=1) for n in _ends([chain])]
             most[chain.weight] = np.max(shares, axis=0)
-        found = {n: np.flatnonzero(m <= DEAD) for n, m in most.items()}
+        return most
+
+    def _alone(self, shares: Mapping[str, Array]) -> Dropped:
+        """Return the channels that are dead by their shares, unless others are nearly so."""
+        found = {n: np.flatnonzero(m <= DEAD) for n, m in shares.items()}
         silent = sum(map(len, found.values()))
-        if sum(int((m <= APART[0] * DEAD).sum()) for m in most.values()) > (1 + APART[1]) * silent:
+        if sum(int((m <= APART[0] * DEAD).sum()) for m in shares.values()) > (1 + APART[1]) * silent:
             return {}
-        limits = {c.weight: self.most(c) for c in convs}
+        limits = {c.weight: self.most(c) for c in self.chains}
         kept = {n: tuple(channels[: limits[n]].tolist()) for n, channels in found.items()}
         return {n: channels for n, channels in kept.items() if channels}
 
     def fitted(self, dropped: Dropped) -> Fit:
-        """Return the network without some channels, readers fitted one after the other."""
+        """Return the network without some channels, readers fitted one after the other.
+
+        Readers of dead ones stay: they lose but a constant, which their biases take up.
+        """
         fit = Fit({n: tuple(c) for n, c in dropped.items() if len(c)})
         gone = self._rows_gone(fit.dropped)
+        if fit.dropped == self.dead():
+            for name, rows in gone.items():
+                w = self._matrix(name).astype(np.float32)
+                if self._centred(name):
+                    shift = self._means[name][rows] @ w[rows].astype(np.float64)
+                    fit.shifts[name] = shift.astype(np.float32)
+                w[rows] = 0
+                fit.tensors[name] = weights.unblocks(self._weights[name], w[None])
+            return fit
         original, pruned = Stream(self._network, self._probes), Stream(self._network, self._probes)
         changes: dict[str, Array] = {}
         for done, name in enumerate(sorted(gone, key=self._place)):
@@ -222,7 +254,7 @@ class Pruner:
         assert tap is not None
         stream.advance(self._place(name), {})
         count = -(-stats.rows_wanted(weight) // stream.feeds)
-        x = np.concatenate(stats.sampled(stream, weight, tap, count, self._seed), axis=1)[0]
+        x = stats.sampled(stream, weight, tap, count, self._seed)[0]
         mean = x.mean(axis=0, dtype=np.float64) if self._centred(name) else np.zeros(x.shape[1])
         x -= mean.astype(np.float32)
         x /= np.float32(len(x) ** 0.5)

@@ -17,6 +17,8 @@ from onnxdp.errors import PlanError
 Array: TypeAlias = npt.NDArray[Any]
 Param: TypeAlias = int | float | str
 Params: TypeAlias = Mapping[str, Param]
+Named: TypeAlias = tuple[str, str, tuple[tuple[str, Param], ...]]
+"""A candidate by weight, method and parameters."""
 
 SCHEMA = 1
 """Version of the JSON of :class:`Plan` and :class:`Report`; a newer one is refused by name."""
@@ -106,6 +108,11 @@ class Candidate:
     error: float
     damage: float | None = None
     reason: str = ""
+
+    @property
+    def named(self) -> Named:
+        """What it is, whatever is known of it."""
+        return self.weight, self.method, tuple(sorted(self.params.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 
@@ -37,8 +37,8 @@ RIDGE = (0.03, 0.3)
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
-Rows: TypeAlias = tuple[Array, Array | None]
-"""What a weight sees, and what is added to what it puts out."""
+KEPT = 64_000_000
+"""Bytes of what the original's weights put out that may be kept for another round."""
 
 
 def refine(
@@ -49,6 +49,7 @@ def refine(
     progress: Progress,
     *,
     quick: bool = False,
+    original: Original | None = None,
 ) -> tuple[list[Encoded], dict[str, Array]]:
     """Encode the choices one after the other, each on the compressed network's own activations.
 
@@ -62,6 +63,8 @@ def refine(
     progress : callable
     quick : bool
         Whether the result is only to be measured.
+    original : Original, optional
+        Of the same network and probes, from an earlier call that was as quick.
 
     Returns
     -------
@@ -84,55 +87,142 @@ def refine(
     encoded = {e.weight: e for e in workshop.encode([c for c in choices if c.weight not in later])}
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
-    original, compressed = Stream(network, probes), Stream(network, probes)
+    original, compressed = original or Original(network, probes), Stream(network, probes)
     for done, choice in enumerate(order):
         progress("refitting weights", done, len(order), choice.weight)
         weight, tap = workshop.weights[choice.weight], taps[choice.weight]
         assert tap is not None
-        place = network.place(tap.output)
-        look = partial(_look, ((original, {}), (compressed, changes)), place, weight, tap, workshop.seed)
+        rows = stats.rows_wanted(weight) // (2 if quick else 1)
+        spot = Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(workshop.found, weight))
+        tensor = weights.tensor_of(workshop.found, weight.name)
+        w = weights.blocks(weight, tensor).astype(np.float32)
         with arrays.one_blas_thread():
-            new, shift = _refit(workshop, choice, look, quick=quick)
+            aims, seen = arrays.both(
+                partial(original.aims, spot, w, workshop.seed),
+                partial(_look, compressed, spot, changes, workshop.seed),
+            )
+            new, shift = _refit(workshop, choice, tensor, w, aims, seen, quick=quick)
         encoded[choice.weight] = new
-        if weights.can_centre(workshop.found, weight):
+        if spot.centred:
             shifts[choice.weight] = shift
         changes.update(workshop.fed(network, [new], shifts))
+    original.rest()
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A weight, the one place where it meets activations, and how they are looked at there.
+
+    Attributes
+    ----------
+    weight : Weight
+    tap : Tap
+    place : int
+        In graph order.
+    rows : int
+        To sample.
+    centred : bool
+        Whether the bias takes up their mean.
+    """
+
+    weight: Weight
+    tap: stats.Tap
+    place: int
+    rows: int
+    centred: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a weight sees in one of the two networks, over the root of the number of rows; centred or not.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (groups, rows, inputs), float32
+    mean : ndarray of shape (groups, inputs), float64
+        What was taken off.
+    beside : ndarray of shape (groups, rows, outputs), float32, or None
+        What is added to the weight's output at the same places; None where nothing that is known by now is.
+    mean_beside : ndarray of shape (groups, 1, outputs), float32
+    """
+
+    rows: Array
+    mean: Array
+    beside: Array | None
+    mean_beside: Array
+
+    def gives(self, w: Array) -> Array:
+        """Return what the weight puts out, with what is added to it, (groups, rows, outputs)."""
+        out = np.concatenate(list(arrays.side_by_side(self.rows.__matmul__, _halves(w))), axis=-1)
+        return out if self.beside is None else out + self.beside
+
+
+@dataclass(frozen=True, slots=True)
+class Aims:
+    """What a weight puts out in the original, centred as what it sees is: rows and means as of Seen."""
+
+    rows: Array
+    mean: Array
+    mean_beside: Array
+
+
+class Original:
+    """The original network: what its weights put out never changes, and some of it is kept.
+
+    Parameters
+    ----------
+    network : Network
+    probes : Probes
+    room : int
+        Bytes that may be kept.
+    """
+
+    def __init__(self, network: Network, probes: Probes, room: int = 0) -> None:
+        self._run = network, probes
+        self._kept: dict[str, Aims] = {}
+        self._room = room
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of tensors and sessions; what is asked next makes them again."""
+        self._stream = Stream(*self._run)
+
+    def aims(self, spot: Spot, w: Array, seed: int) -> Aims:
+        """Return what a weight, its blocks (groups, inputs, outputs) being ``w``, puts out."""
+        name = spot.weight.name
+        if name in self._kept:
+            return self._kept[name]
+        seen = _look(self._stream, spot, {}, seed)
+        aims = Aims(seen.gives(w), seen.mean, seen.mean_beside)
+        if aims.rows.nbytes <= self._room:
+            self._room -= aims.rows.nbytes
+            self._kept[name] = aims
+        return aims
+
+
 def _refit(
-    workshop: Workshop, choice: Candidate, look: Callable[[], Iterator[Rows]], *, quick: bool
+    workshop: Workshop,
+    choice: Candidate,
+    tensor: Array,
+    w: Array,
+    aims: Aims,
+    seen: Seen,
+    *,
+    quick: bool,
 ) -> tuple[Encoded, Array]:
     """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
-    weight = workshop.weights[choice.weight]
-    (x, beside), (seen, beside_seen) = look()
     arrays.trim()
-    centre = weights.can_centre(workshop.found, weight)
-    tensor = weights.tensor_of(workshop.found, weight.name)
-    w = weights.blocks(weight, tensor).astype(np.float32)
-    mean = x.mean(axis=1, dtype=np.float64) if centre else np.zeros((x.shape[0], x.shape[2]))
-    mean_seen = seen.mean(axis=1, dtype=np.float64) if centre else mean
-    root = np.float32(x.shape[1] ** 0.5)
-    for rows, middle in ((x, mean), (seen, mean_seen)):  # large: in place
-        rows -= middle[:, None, :].astype(np.float32)
-        rows /= root
-    x -= seen
-    lack = np.concatenate(list(arrays.side_by_side(x.__matmul__, _halves(w))), axis=-1)
-    del x, rows  # the rest is what the compressed inputs no longer give
-    mean_beside = np.zeros((len(w), 1, w.shape[2]), np.float32)
-    if beside is not None and beside_seen is not None:  # nor does what is added to the output
-        beside -= beside_seen
-        if centre:
-            mean_beside = beside.mean(axis=1, keepdims=True)
-        lack += (beside - mean_beside) / root
+    weight = workshop.weights[choice.weight]
+    lack = aims.rows - seen.gives(w)
     if workshop.forms[choice.method].sequential:
-        new = workshop.encode_one(choice, tensor, seen, lack, quick=quick)
+        new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick)
     else:
-        moved = w + ALPHA * _ridge_solve(seen, lack)
-        new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen)
+        moved = w + ALPHA * _ridge_solve(seen.rows, lack)
+        new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen.rows)
     decoded = weights.blocks(weight, workshop.decode(new))
-    shift = stats.mean_output(mean, w) - stats.mean_output(mean_seen, decoded)
-    return new, (shift + mean_beside.reshape(-1)).astype(np.float32)
+    shift = stats.mean_output(aims.mean, w) - stats.mean_output(seen.mean, decoded)
+    return new, (shift + (aims.mean_beside - seen.mean_beside).reshape(-1)).astype(np.float32)
 
 
 def _halves(w: Array) -> list[Array]:
@@ -160,37 +250,43 @@ def _ridge_solve(b: Array, target: Array) -> Array:
     return out
 
 
-def _look(
-    streams: Sequence[tuple[Stream, Changes]], place: int, weight: Weight, tap: stats.Tap, seed: int
-) -> Iterator[Rows]:
-    """Move both networks on to a weight, side by side, and return what it sees in each."""
+def _look(stream: Stream, spot: Spot, changes: Changes, seed: int) -> Seen:
+    """Move a network on to a weight, and return what it sees there."""
+    stream.advance(spot.place, changes)
+    x, beside = _rows(stream, spot, seed)
+    groups, count, inputs = x.shape
+    root = np.float32(count**0.5)
+    mean = np.zeros((groups, inputs))
+    mean_beside = np.zeros((groups, 1, spot.weight.outputs), np.float32)
+    if spot.centred:  # large: in place
+        mean = x.mean(axis=1, dtype=np.float64)
+        x -= mean[:, None, :].astype(np.float32)
+    x /= root
+    if beside is not None:
+        if spot.centred:
+            mean_beside = beside.mean(axis=1, keepdims=True)
+            beside -= mean_beside
+        beside /= root
+    return Seen(x, mean, beside, mean_beside)
 
-    def one(job: tuple[Stream, Changes]) -> Rows:
-        stream, changes = job
-        stream.advance(place, changes)
-        return _rows(stream, weight, tap, seed)
 
-    return arrays.side_by_side(one, streams)
-
-
-def _rows(stream: Stream, weight: Weight, tap: stats.Tap, seed: int) -> Rows:
+def _rows(stream: Stream, spot: Spot, seed: int) -> tuple[Array, Array | None]:
     """Return sampled rows of the weight's input, and those of what is added to its output.
 
     (groups, rows, inputs), and (groups, rows, outputs) at the same places; None where nothing that is known
     by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
     1.3).
     """
-    count = -(-stats.rows_wanted(weight) // stream.feeds)
+    weight, tap, count = spot.weight, spot.tap, -(-spot.rows // stream.feeds)
     other = tap.added if tap.added is not None and stream.has(tap.added) else None
-    rows: list[Array] = []
-    added: list[Array | None] = []
+    rows = beside = None
     for number in range(stream.feeds):
         x = stream.tensor(number, tap.source)
-        rows.append(tap.sample(weight, x, count, np.random.default_rng((seed, number))))
+        piece = tap.sample(weight, x, count, np.random.default_rng((seed, number)))
+        rows = stats.filled(rows, number, stream.feeds, piece)
         if other is not None:
             y = stream.tensor(number, other)
-            added.append(tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number))))
-    known = [a for a in added if a is not None]
-    beside = np.concatenate(known, axis=1) if known and len(known) == len(added) else None
-    known.clear()
-    return np.concatenate(rows, axis=1), beside
+            added = tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number)))
+            beside = None if added is None else stats.filled(beside, number, stream.feeds, added)
+    assert rows is not None
+    return rows, beside

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from onnxdp.model import Model
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
-from onnxdp.records import Array, Encoded, File, Line, Plan, Verification
+from onnxdp.records import Array, Encoded, File, Line, Named, Plan, Verification
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
 
@@ -37,10 +37,16 @@ class Rewriter:
     narrowed: bool = True
     """Whether small vectors become float16, too."""
 
+    _sizes: dict[tuple[bool, frozenset[Named]], int] = field(default_factory=dict, init=False)
+
     def size(self, choice: Choice) -> int:
         """Bytes of the file that a choice gives."""
-        outline = self.workshop.outline(choice.candidates.values())
-        return model_file.output_size(self.rewritten(outline, self.workshop.no_shifts(outline)))
+        key = self.narrowed, frozenset(c.named for c in choice.candidates.values())
+        if key not in self._sizes:  # a search for bytes comes back to where it was
+            outline = self.workshop.outline(choice.candidates.values())
+            made = self.rewritten(outline, self.workshop.no_shifts(outline))
+            self._sizes[key] = model_file.output_size(made)
+        return self._sizes[key]
 
     def rewritten(self, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> Model:
         """Return a copy that draws the encoded weights, with biases shifted."""

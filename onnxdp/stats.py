@@ -93,16 +93,36 @@ def gather(
     for place, weight, tap in sorted(places, key=lambda p: p[0]):
         stream.advance(place, {})
         count = math.ceil(rows_wanted(weight) / stream.feeds / counts[weight.name])
-        rows.setdefault(weight.name, []).extend(sampled(stream, weight, tap, count, seed))
-    return {w.name: _seen(rows[w.name], can_centre(found, w)) for w in chosen if w.name in rows}
+        rows.setdefault(weight.name, []).append(sampled(stream, weight, tap, count, seed))
+    return {w.name: _seen(rows.pop(w.name), can_centre(found, w)) for w in chosen if w.name in rows}
 
 
-def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> list[Array]:
-    """Return at most ``count`` rows of every feed that a weight sees where a stream is halted."""
-    return [
-        tap.sample(weight, stream.tensor(number, tap.source), count, np.random.default_rng((seed, number)))
-        for number in range(stream.feeds)
-    ]
+def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> Array:
+    """Return at most ``count`` rows of every feed that a weight sees where a stream is halted.
+
+    Returns
+    -------
+    ndarray of shape (groups, rows, inputs), float32
+    """
+    rows = None
+    for number in range(stream.feeds):
+        x = stream.tensor(number, tap.source)
+        piece = tap.sample(weight, x, count, np.random.default_rng((seed, number)))
+        rows = filled(rows, number, stream.feeds, piece)
+    assert rows is not None
+    return rows
+
+
+def filled(whole: Array | None, number: int, count: int, piece: Array) -> Array:
+    """Put one of ``count`` equal pieces, (groups, rows, n), into its place; the first makes room for all.
+
+    Large ones are so never held twice.
+    """
+    groups, rows, n = piece.shape
+    if whole is None:
+        whole = np.empty((groups, count * rows, n), piece.dtype)
+    whole[:, number * rows : (number + 1) * rows] = piece
+    return whole
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
@@ -243,7 +263,7 @@ def sources(found: Found) -> dict[str, str]:
 
 
 def _seen(pieces: list[Array], centre: bool) -> Seen:
-    rows = np.concatenate(pieces, axis=1)
+    rows = pieces.pop() if len(pieces) == 1 else np.concatenate(pieces, axis=1)
     pieces.clear()
     mean = rows.mean(axis=1, dtype=np.float64).astype(np.float32) if centre else None
     if mean is not None:

@@ -117,7 +117,7 @@ def test_factoring_in_blocks_gives_the_moment_back(inputs, monkeypatch):
     again = (unit * curvature.pivots[:, None, :]) @ unit.swapaxes(1, 2)
     size = np.sqrt(np.einsum("bi,bj->bij", *(np.diagonal(h, axis1=1, axis2=2),) * 2))
     assert np.all(np.abs(again - h) <= 4 * inputs * EPS32 * size)
-    white = rounding._whitened(w, curvature.feedback).astype(np.float64)
+    white = rounding.whitened(w, curvature.feedback).astype(np.float64)
     energy = np.sum(curvature.pivots[:, :, None] * white**2, axis=1)
     assert energy == pytest.approx(quadratic(h, w), rel=1e-4)
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ from onnxdp.settings import DEFAULT_MAX_ERROR, TARGETS, Settings, parse_numbers
 
 if TYPE_CHECKING:
     from onnxdp.records import Plan, Report
+
+_ARENA_MAX = -8
+"""What glibc's ``mallopt`` calls the number of its heaps (M_ARENA_MAX)."""
 
 
 def _ready(source: Path, target: Path | None, *, overwrite: bool, dry_run: bool, report: Path | None) -> None:
@@ -53,6 +58,15 @@ def _conclude(result: Report, target: Path | None, report: Path | None, talk: Ta
     return 0 if result.verification is None or result.verification.passed else 1
 
 
+def _share_heap() -> None:
+    """Let all threads have one heap: what one gave back another takes (a fifth off a ResNet-18's peak).
+
+    Only here, where the process is ours: it is all of glibc's allocator that is told.
+    """
+    if sys.platform.startswith("linux") and (tell := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        tell(_ARENA_MAX, 1)
+
+
 @click.group(
     cls=Commands,
     name="onnxdp",
@@ -66,6 +80,7 @@ def main(ctx: click.Context) -> None:
 
     No training and no data are needed: onnxdp compress in.onnx out.onnx
     """
+    _share_heap()
     if ctx.invoked_subcommand is None:
         show.note(ctx.get_help())
         ctx.exit(2)

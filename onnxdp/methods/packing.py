@@ -54,6 +54,7 @@ class Packing:
             raise ValueError(f"{self.digits} digits of {self.levels} levels do not fit into {self.word}.")
 
     @classmethod
+    @cache
     def best(cls, levels: int, size: int, opset: int, *, first: bool = True) -> Packing:
         """Choose what adds the fewest bytes to the file for ``size`` numbers; of equals the shortest word.
 

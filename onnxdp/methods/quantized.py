@@ -43,8 +43,8 @@ ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
 _LEAST = 8
 """Inputs of a weight from which tables are tried."""
-_MANY = 64
-"""Columns from which the halves are rounded side by side."""
+_MANY = 256
+"""Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
 MOST_INPUTS = 6144
 """Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
 

@@ -174,7 +174,7 @@ def round_weights(
     xp = arrays.namespace(w)
     half = (levels - 1) / 2
     w = take(w, curvature.order)
-    white = w if curvature.plain else _whitened(w, curvature.feedback)
+    white = w if curvature.plain else whitened(w, curvature.feedback)
     first = _first_scale(w, curvature.pivots, levels, parts)
     wide = _SPREAD / levels**0.5
     factors = [1 + wide * (2 * t / (tries - 1) - 1) for t in range(tries)] if tries > 1 else [1.0]
@@ -187,11 +187,11 @@ def round_weights(
             missed = unit - tried
         else:
             tried, missed = _feedback(unit, curvature.feedback, half)
-        fitted, error = _fitted(white / step[:, None, :] - missed, missed, curvature.pivots, parts)
-        fitted, error = step * fitted, step**2 * error
+        more, error = fitted(white / step[:, None, :] - missed, missed, curvature.pivots, parts)
+        more, error = step * more, step**2 * error
         whole = _joined(error, parts)
         hit = whole < least
-        least, scale, own = (xp.where(hit, a, b) for a, b in ((whole, least), (fitted, scale), (error, own)))
+        least, scale, own = (xp.where(hit, a, b) for a, b in ((whole, least), (more, scale), (error, own)))
         q = xp.where(hit[:, None, :], tried, q)
     if sweeps:
         q, scale, own = _swept(w, q, scale, curvature, half, parts, sweeps)
@@ -235,7 +235,7 @@ def _upper(h: Array) -> Array | None:
     return u
 
 
-def _whitened(w: Array, feedback: Array) -> Array:
+def whitened(w: Array, feedback: Array) -> Array:
     """Return ``(I + V)^T w``, whose squares, times the pivots, add up to ``w^T H w``."""
     xp = arrays.namespace(w)
     white = w + 0.0
@@ -245,7 +245,7 @@ def _whitened(w: Array, feedback: Array) -> Array:
     return white
 
 
-def _fitted(q: Array, missed: Array, pivots: Array, parts: int) -> tuple[Array, Array]:
+def fitted(q: Array, missed: Array, pivots: Array, parts: int = 1) -> tuple[Array, Array]:
     """Return the best scale for whitened levels, (stack, columns), and the error left, of each part.
 
     Parameters
