@@ -15,10 +15,6 @@ _ROUNDING = 64 * float(np.finfo(np.float32).eps)
 """Relative error that is no damage: pieces round otherwise than the whole."""
 
 
-MANY = 32
-"""Samples from which every other feed is enough to see what a single change does."""
-
-
 class Meter:
     """Measures what changed weights do to the network's outputs on held-out probes.
 
@@ -29,8 +25,6 @@ class Meter:
     def __init__(self, network: Network, probes: Probes) -> None:
         self.network = network
         self._probes = probes
-        self._step = 2 if probes.samples >= MANY else 1
-        self._few = probes.every(self._step)
         self.watched = before_softmax(network.proto.graph)
         self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
         self._session = network.session(self._all)
@@ -41,7 +35,7 @@ class Meter:
 
     def rest(self) -> None:
         """Let go of tensors and sessions; what is asked next makes them again."""
-        self._stream = Stream(self.network, self._few)
+        self._stream = Stream(self.network, self._probes)
         self._tail = Tail(self.network, self.watched, self.network.fed)
 
     @property
@@ -70,7 +64,7 @@ class Meter:
 
         A group starts with a weight: only what comes after the first node that reads it is run again.
         """
-        stream = Stream(self.network, self._few)
+        stream = Stream(self.network, self._probes)
         tail = Tail(self.network, self.watched, {**self.network.fed, **changes})
         order = sorted(range(len(groups)), key=lambda k: self.network.position(groups[k][0]))
         found = [0.0] * len(groups)
@@ -87,9 +81,9 @@ class Meter:
         stream.advance(place, before)
         got = [
             self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
-            for number, feed in enumerate(self._few.feeds)
+            for number, feed in enumerate(self._probes.feeds)
         ]
-        return self._compare(got, self._step)[0]
+        return self._compare(got)[0]
 
     def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         return {
@@ -102,15 +96,12 @@ class Meter:
             if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
                 yield name
 
-    def _compare(self, got: Sequence[Mapping[str, Array]], step: int = 1) -> tuple[float, float]:
-        """Compare the outputs of every so manyth feed with what they were; those stand for the others."""
-        base = self._base[::step]
-        share = len(base) / len(self._base)
+    def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
         damages, errors = [0.0], [0.0]
         for name in self._floating():
             if name not in got[0]:
                 continue
-            apart = sum(_squares(a[name], b[name]) for a, b in zip(got, base, strict=True)) / share
+            apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
             if name in self.watched:
                 lost = apart if apart > _ROUNDING**2 * self._size[name] else 0.0
                 damages.append(lost / (self._power[name] or self._size[name] or 1.0))
