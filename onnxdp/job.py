@@ -162,11 +162,11 @@ class Job:
             )
         with _clock(seconds, "probes"):
             network = Network(model, found)
+            sequential = any(f.sequential for f in forms)
             if known is not None:
                 found, fit, held_out = preparation.counted(found, known.positions), known.fit, known.held_out
             else:
                 progress("making probe inputs", 0, 1, "")
-                sequential = any(f.sequential for f in forms)
                 found, made = preparation.probed(network, found, settings, many=sequential)
                 fit, held_out = made.split(FIT_SHARE)
                 del made  # large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ class Meter:
         self._probes = probes
         self.watched = before_softmax(network.proto.graph)
         self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
+        self._halts = sorted({network.position(name) for name in network.fed})
         self._session = network.session(self._all)
         self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
         self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
@@ -78,12 +80,18 @@ class Meter:
     ) -> float:
         """Return the damage of a tail's weights with changes to one of them, those before it as given."""
         place = self.network.position(weight)
-        stream.advance(place, before)
+        self._bring(stream, place, before)
         got = [
             self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
             for number, feed in enumerate(self._probes.feeds)
         ]
         return self._compare(got)[0]
+
+    def _bring(self, stream: Stream, place: int, before: Changes) -> None:
+        """Move a stream on, halted at every weight: its rounding must not tell what was asked before."""
+        done = stream.place if stream.place <= place else -1
+        for halt in self._halts[bisect_right(self._halts, done) : bisect_right(self._halts, place)]:
+            stream.advance(halt, before)
 
     def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         return {

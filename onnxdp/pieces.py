@@ -55,6 +55,11 @@ class Stream:
         """Number of feeds that run side by side."""
         return len(self._given)
 
+    @property
+    def place(self) -> int:
+        """Where it is halted: before the node at this place."""
+        return self._place
+
     def advance(self, place: int, changes: Changes) -> None:
         """Run to the node at ``place``, some weights on the way changed; from the start if it is past."""
         if place < self._place:

@@ -17,8 +17,8 @@ WHITE = 0.5
 """Share of the samples that are white noise of deviation 1."""
 STEEPEST = 2.0
 """Power of the frequency by which amplitudes fall at most (white 0, pink 1/2, brown 1)."""
-LOUDNESS = (0.1, 10.0)
-"""Deviation of a coloured sample, uniform in logarithm: nobody says in what units inputs are."""
+LOUDNESS = (0.1, 1.0)
+"""Deviation of a coloured sample, uniform in logarithm; louder ones would be all that weights fit."""
 SWELLS = 8
 """Most swells along the longest axis."""
 

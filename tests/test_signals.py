@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxdp import signals
@@ -12,6 +12,7 @@ SHAPES = st.lists(st.integers(1, 40), min_size=0, max_size=4).map(tuple)
 
 
 @given(shape=SHAPES, seed=st.integers(0, 2**32))
+@settings(deadline=None)
 def test_a_signal_fills_its_shape_with_finite_numbers_and_is_always_the_same(shape, seed):
     made = signals.draw(shape, np.random.default_rng(seed))
     assert np.shape(made) == shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxdp import texts
@@ -14,6 +14,7 @@ SHAPES = st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple)
 
 
 @given(shape=SHAPES, vocabulary=st.integers(1, 60_000), seed=st.integers(0, 2**32))
+@settings(deadline=None)
 def test_ids_fill_the_shape_and_lie_in_the_vocabulary(shape, vocabulary, seed):
     made = texts.draw(shape, vocabulary, np.random.default_rng(seed))
     assert made.shape == shape
