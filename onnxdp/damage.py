@@ -333,6 +333,15 @@ class Search:
             item.alone = {n: tuple(c for c in o if c.error <= most) for n, o in item.alone.items()}
             item.together = tuple(o for o in item.together if all(c.error <= most for c in o))
 
+    def free(self) -> Choice:
+        """Return the smallest choice of candidates that are not worth a measurement."""
+        least = {
+            n: min((c for c in options if c.error**2 <= FREE), key=lambda c: c.nbytes)
+            for item in self.items
+            for n, options in item.alone.items()
+        }
+        return Choice(least, sum(planner.bytes_of(c, self.overhead) for c in least.values()), 0.0)
+
     def untouched(self) -> Choice:
         """Return the choice that keeps every weight."""
         kept = {n: options[0] for item in self.items for n, options in item.alone.items()}

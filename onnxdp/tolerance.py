@@ -90,9 +90,11 @@ def within_error_encoded(
     Returns
     -------
     Choice, (list of Encoded, dict of str to ndarray)
-        The choice that changes nothing where none that was tried stays within the limit.
+        Where none that was tried stays within the limit, what is free; where even that does not, the choice
+        that changes nothing.
     """
-    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] = search.untouched(), ([], {})
+    nothing = search.untouched()
+    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] = nothing, ([], {})
     allowed, low, high = limit**2, 0.0, math.inf
     least = search.smallest().candidates
     tried: list[tuple[Choice, float]] = []
@@ -111,6 +113,11 @@ def within_error_encoded(
         low, high = (max(low, allowed), high) if error <= limit else (low, min(high, allowed))
         aim = allowed * (0.93 * limit / max(error, 1e-3 * limit)) ** 2
         allowed = aim if low < aim < high else (low * high) ** 0.5
+    if best[0] is nothing:  # errors that hardly fall with the damage allowed
+        free = search.free()
+        encoded = encode(free)
+        if free.nbytes < nothing.nbytes and measure(*encoded) <= limit:
+            best = free, encoded
     return best
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxdp.budget import NEAR, Budget
 from onnxdp.planner import Choice
 from onnxdp.records import Candidate
+from onnxdp.tolerance import within_error_encoded
 
 
 class Steps:
@@ -56,3 +58,38 @@ def test_a_file_that_takes_more_than_foreseen_does_not_fall_back_to_the_smallest
     known = Steps({40_000, 200_000, 270_000, 275_895}, -2_135)
     made = Budget(273_649, known, known, None).closest(40_000 - 2_135)
     assert made.nbytes == 270_000
+
+
+class Restless:
+    """A search whose outputs are far off as soon as anything is rounded, whatever damage was foreseen."""
+
+    costly = False
+
+    def _choice(self, method, nbytes, damage=0.0):
+        return Choice({"w": Candidate("w", method, {}, nbytes, 0.0)}, nbytes, damage)
+
+    def untouched(self):
+        return self._choice("keep", 4_000)
+
+    def smallest(self):
+        return self._choice("quant", 500, 1.0)
+
+    def free(self):
+        return self._choice("float16", 2_000)
+
+    def settled(self, log_price, number):
+        return self._choice("quant", 1_500 - round(10 * log_price), 1e-9 * 2.0 ** (log_price + 60))
+
+
+@pytest.mark.parametrize(("of_halves", "left"), [(0.001, "float16"), (0.035, "keep")])
+def test_where_no_rounding_stays_within_an_error_halves_may(of_halves, left):
+    """basic_pitch came out with shorter names and nothing else: five tries, each of them beyond."""
+    errors = {"quant": 0.08, "float16": of_halves}
+    choice, (encoded, _) = within_error_encoded(
+        Restless(),
+        0.03,
+        lambda choice: (list(choice.candidates.values()), {}),
+        lambda encoded, _: max(errors[c.method] for c in encoded),
+    )
+    assert choice.candidates["w"].method == left
+    assert [c.method for c in encoded] == ([left] if left != "keep" else [])
