@@ -21,7 +21,7 @@ from onnxdp.encoding import Solutions
 from onnxdp.errors import UsageError
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped, Fit
-from onnxdp.records import Array, Encoded, Named, Params, to_plain
+from onnxdp.records import Array, Encoded, Named, named, to_plain
 from onnxdp.result import versions
 from onnxdp.settings import TARGETS, Settings
 from onnxdp.thinning import Effect
@@ -68,7 +68,7 @@ class Analysis:
     solved: Solutions
     damages: Mapping[Named, float]
 
-    def check(self, path: Path, sha256: str, settings: Settings) -> None:
+    def check(self, sha256: str, settings: Settings) -> None:
         """Refuse an analysis of another model, or one made with other options.
 
         Raises
@@ -76,7 +76,7 @@ class Analysis:
         UsageError
             It is one of these.
         """
-        again = "make another with --save-analysis"
+        path, again = settings.analysis, "make another with --save-analysis"
         if self.sha256 != sha256:
             raise UsageError(f"{path} is the analysis of another model (its sha256 differs); {again}.")
         for name, value in deciding(settings).items():
@@ -88,8 +88,7 @@ class Analysis:
 
     def is_of(self, dropped: Dropped) -> bool:
         """Whether what was solved and measured is of the network without these channels."""
-        own = {} if self.effect is None else self.effect.dropped
-        return {n: tuple(c) for n, c in own.items()} == {n: tuple(c) for n, c in dropped.items()}
+        return dropped == ({} if self.effect is None else self.effect.fit.dropped)
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -168,7 +167,7 @@ class Analysis:
                 {n: get(k) for n, k in told["tensors"].items()},
                 {n: get(k) for n, k in told["shifts"].items()},
             )
-            effect = Effect(dict(fit.dropped), fit, float(told["damage"]), float(told["error"]))
+            effect = Effect(fit, float(told["damage"]), float(told["error"]))
         made: dict[tuple[str, str], list[Encoded]] = {}
         for form, weight, params, error, arrays in header["made"]:
             encoded = Encoded(weight, form, params, {n: get(k) for n, k in arrays.items()}, float(error))
@@ -183,7 +182,7 @@ class Analysis:
             None if dead is None else {n: tuple(map(int, c)) for n, c in dead.items()},
             effect,
             Solutions({n: get(k) for n, k in header["means"].items()}, made),
-            {_named(w, m, p): float(d) for w, m, p, d in header["damages"]},
+            {named(w, m, p): float(d) for w, m, p, d in header["damages"]},
         )
 
 
@@ -191,10 +190,6 @@ def deciding(settings: Settings) -> dict[str, Any]:
     """Return the settings that decide an analysis, as JSON gives them back."""
     plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _FREE}
     return {n: str(v) if isinstance(v, Path) else to_plain(v) for n, v in plain.items()}
-
-
-def _named(weight: str, method: str, params: Params) -> Named:
-    return weight, method, tuple(sorted(params.items()))
 
 
 def _plain_probes(probes: Probes, keep: Any) -> dict[str, Any]:

@@ -136,11 +136,9 @@ class Workshop:
         UsageError
             What was kept fits no weight here.
         """
-        for form in self.forms.values():
-            if not isinstance(form, Restorable):
-                continue
-            for w in self.weights.values():
-                if form.supports(w) is not None:
+        for w in self.weights.values():
+            for form in self._supporting(w):
+                if not isinstance(form, Restorable):
                     continue
                 made = kept.made.get((form.name, w.name), ())
                 self._require_fit(form, w, made)

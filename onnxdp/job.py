@@ -152,8 +152,8 @@ class Job:
             notices = preparation.prepare(model, settings)
             if model.ir.opset_imports.get("", 1) < TABLES_SINCE:
                 settings = replace(settings, codebooks=False)
-            if known is not None and settings.analysis is not None:
-                known.check(settings.analysis, model.sha256, settings)
+            if known is not None:
+                known.check(model.sha256, settings)
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)
             if not found.weights:
                 raise TargetError(f"Nothing to gain: {budgets.why_nothing(found)}.")
@@ -178,10 +178,12 @@ class Job:
             bits = budgets.bits_left(model, whole, found, settings)
             dropped = thinner.check(plan.pruned) if plan is not None else thinner.choose(settings, bits)
             effect = thinner.effect(dropped) if dropped else None
-            if dropped:
-                thinned = thinner.thinned(dropped, settings)
+            if effect is not None:
+                thinned = thinner.thinned(effect, settings)
                 model, found, network = thinned.model, thinned.found, thinned.network
                 notices.append(thinned.notice)
+            if settings.save_analysis is None:
+                effect = None  # large
             if sequential:
                 model, found, folded = preparation.folded(model, found)
                 network = Network(model, found) if folded else network
@@ -240,9 +242,8 @@ class Job:
 
     def _search(self) -> Search:
         """Return a search that starts from what was measured already."""
-        self._meter = self._measuring()
         overhead = budgets.overhead(self.workshop)
-        search = Search.of(self.workshop, self._meter, overhead, self.progress, costly=self.costly)
+        search = Search.of(self.workshop, self._measuring(), overhead, self.progress, costly=self.costly)
         search.measured_alone = self._measured
         return search
 
@@ -264,7 +265,6 @@ class Job:
             seconds={},
             started=time.perf_counter(),
             _encoded=None,
-            _meter=self._measuring(),
             rewriter=replace(self.rewriter, settings=settings, narrowed=True),
         )
 
@@ -389,11 +389,11 @@ class Job:
         return None if counted is None else Macs(counted.before, counted.after(choices))
 
     def _measuring(self) -> Meter:
-        """Return what measures damage: kept from an earlier target, or new."""
-        if self._meter is not None:
-            return self._meter
-        few = self.costly and self.held_out.samples >= 8
-        return Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
+        """Return what measures damage, made once for all targets."""
+        if self._meter is None:
+            few = self.costly and self.held_out.samples >= 8
+            self._meter = Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
+        return self._meter
 
     def check(self, made: Plan) -> None:
         """Refuse a plan of another model, or one that names what does not exist."""

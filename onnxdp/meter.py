@@ -28,7 +28,7 @@ class Meter:
         self._probes = probes
         self.watched = before_softmax(network.proto.graph)
         self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
-        self._halts = sorted({network.position(name) for name in network.fed})
+        self._halts = network.halts
         self._session = network.session(self._all)
         self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
         self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}

@@ -113,6 +113,11 @@ class Network:
 
         return scores
 
+    @property
+    def halts(self) -> list[int]:
+        """The places of all weights, rising."""
+        return sorted({self.position(name) for name in self.fed})
+
     def position(self, weight: str) -> int:
         """Return the place, in graph order, of the first node that reads the weight."""
         return self._position.get(weight, 0)

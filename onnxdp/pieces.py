@@ -157,7 +157,7 @@ class Tail:
         self._outputs = outputs
         self._weights = weights
         self._constant = {n for n in weights if network.readers(n) < 2}
-        places = sorted({network.position(n) for n in weights})
+        places = network.halts
         self._bounds = places[:: max(1, -(-len(places) // SECTIONS))][1:]
         self._pieces: dict[int, Piece | None] = {}
         self._first: tuple[int, Piece | None] = (-1, None)

@@ -18,7 +18,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Param: TypeAlias = int | float | str
 Params: TypeAlias = Mapping[str, Param]
 Named: TypeAlias = tuple[str, str, tuple[tuple[str, Param], ...]]
-"""A candidate by weight, method and parameters."""
+"""A candidate by weight, method and parameters: see :func:`named`."""
 
 SCHEMA = 1
 """Version of the JSON of :class:`Plan` and :class:`Report`; a newer one is refused by name."""
@@ -112,7 +112,7 @@ class Candidate:
     @property
     def named(self) -> Named:
         """What it is, whatever is known of it."""
-        return self.weight, self.method, tuple(sorted(self.params.items()))
+        return named(self.weight, self.method, self.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +478,11 @@ class Diagnosis:
     memory_bytes: int | None
     notices: tuple[str, ...] = ()
     inspection: Inspection | None = None
+
+
+def named(weight: str, method: str, params: Params) -> Named:
+    """Name a candidate, whatever the order of its parameters."""
+    return weight, method, tuple(sorted(params.items()))
 
 
 def to_plain(value: Any) -> Any:

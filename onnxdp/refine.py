@@ -154,7 +154,8 @@ class Seen:
 
     def gives(self, w: Array) -> Array:
         """Return what the weight puts out, with what is added to it, (groups, rows, outputs)."""
-        out = np.concatenate(list(arrays.side_by_side(self.rows.__matmul__, _halves(w))), axis=-1)
+        parts = [w[..., columns] for columns in arrays.halves(w.shape[-1], _MANY)]
+        out = np.concatenate(list(arrays.side_by_side(self.rows.__matmul__, parts)), axis=-1)
         return out if self.beside is None else out + self.beside
 
 
@@ -223,12 +224,6 @@ def _refit(
     decoded = weights.blocks(weight, workshop.decode(new))
     shift = stats.mean_output(aims.mean, w) - stats.mean_output(seen.mean, decoded)
     return new, (shift + (aims.mean_beside - seen.mean_beside).reshape(-1)).astype(np.float32)
-
-
-def _halves(w: Array) -> list[Array]:
-    """Cut many columns in two: always, so that threads change no bit."""
-    n = w.shape[-1]
-    return [w] if n < _MANY else [w[..., : n // 2], w[..., n // 2 :]]
 
 
 def _ridge_solve(b: Array, target: Array) -> Array:

@@ -56,7 +56,6 @@ class Option:
 class Effect:
     """Channels that are out, readers fitted one after the other, and what that does to the outputs."""
 
-    dropped: Dropped
     fit: Fit
     damage: float
     error: float
@@ -173,11 +172,11 @@ class Thinner:
 
     def effect(self, dropped: Dropped) -> Effect:
         """Take channels out and measure that; what was asked last is kept: it is mostly what goes."""
-        if self._fitted is None or self._fitted.dropped != dropped:
+        if self._fitted is None or self._fitted.fit.dropped != dropped:
             with arrays.one_blas_thread():
                 fit = self._pruner.fitted(dropped)
             damage, error = self._meter().together(fit.changes(self.network, self._found))
-            self._fitted = Effect(dropped, fit, damage, error)
+            self._fitted = Effect(fit, damage, error)
         return self._fitted
 
     def _rate(self) -> float:
@@ -215,10 +214,10 @@ class Thinner:
             dropped[p.weight] = tuple(p.channels)
         return {n: c for n, c in dropped.items() if c}
 
-    def thinned(self, dropped: Dropped, settings: Settings) -> Thinned:
+    def thinned(self, effect: Effect, settings: Settings) -> Thinned:
         """Return the network without some channels, what reads them fitted again."""
-        effect, self._fitted = self.effect(dropped), None
-        fit = effect.fit
+        fit, dropped = effect.fit, effect.fit.dropped
+        self._fitted = None  # large
         made = model_file.copy(self._model)
         twin = replace(weights.find(made.ir), weights=self._found.weights)
         DropChannels(twin, self._shapes, fit.dropped, fit.tensors, fit.shifts)(made.ir)

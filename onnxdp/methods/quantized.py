@@ -211,7 +211,7 @@ class Problem:
                 near, curvature, alphabet.levels, parts=self.parts, tries=tries, sweeps=sweeps
             )
 
-        made = list(arrays.side_by_side(some, columns_apart(outputs)))
+        made = list(arrays.side_by_side(some, arrays.halves(outputs, _MANY)))
         digits, scales, errors, energies = (
             np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
             for part in ("digits", "scale", "error", "energy")
@@ -242,13 +242,6 @@ def near_one(host: Array) -> float:
     """Return 1, or a power of two to divide numbers by whose squares float32 does not hold (masks)."""
     peak = max(float(host.max(initial=0.0)), -float(host.min(initial=0.0)))
     return 1.0 if not peak or 2.0**-30 < peak < 2.0**30 else 2.0 ** math.floor(math.log2(peak))
-
-
-def columns_apart(outputs: int) -> list[slice]:
-    """Cut the columns in two where they are many: always, so that threads change no bit."""
-    if outputs < _MANY:
-        return [slice(None)]
-    return [slice(0, outputs // 2), slice(outputs // 2, None)]
 
 
 def kept(scale: Array, unit: float) -> Array:
