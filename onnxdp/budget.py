@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,9 +20,9 @@ from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.model import Model
 from onnxdp.network import Network
-from onnxdp.planner import Choice, Operations
+from onnxdp.planner import Choice, Item, Operations
 from onnxdp.probes import Probes
-from onnxdp.records import Array, Encoded
+from onnxdp.records import Array, Candidate, Encoded
 from onnxdp.result import Rewriter
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
@@ -36,8 +36,8 @@ NEAR = 0.001
 KEPT = 0.3
 """About the share of a file beside its weights that is left once names are short and biases are float16."""
 
-REWEIGHED = 400_000_000
-"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
+_LEAST = 10
+"""Bytes that a weight's decoding takes at least: a place in a list of where its numbers start."""
 
 _ROUNDS = {False: 1, True: 4}
 """Times that changes are weighed within the whole; where operations are bounded, pairs make up for much."""
@@ -143,7 +143,7 @@ class Budget:
 
     def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
         """Return the choice, or the one made with every change weighed within the whole, if it is better."""
-        if stats.macs(self.rewriter.found.weights) > REWEIGHED:
+        if not self.search.light:
             return choice
         encoded = encode(choice)
         best, damage = choice, self.search.measured(*encoded)[0]
@@ -160,12 +160,30 @@ class Budget:
         return best
 
 
-def overhead(workshop: Workshop) -> dict[str, int]:
-    """Estimate the bytes of what decodes one weight; the exact count follows by building."""
-    mean_name = sum(map(len, workshop.weights)) / len(workshop.weights)
-    return {
-        m: int(90 + 4 * mean_name) if m == "float16" else int(250 + 12 * mean_name) for m in workshop.forms
-    }
+def overhead(items: Sequence[Item], rewriter: Rewriter) -> dict[str, int]:
+    """Count the bytes of what decodes one weight, by method: drawn for all weights that it can store.
+
+    The smallest candidates are drawn: of them most share their operators, and where weights are large none
+    of this matters.
+    """
+    kept = [options[0] for item in items for options in item.alone.values()]
+    bare = rewriter.size(_choice(kept))
+    found = {}
+    for method in rewriter.workshop.forms:
+        own = [_smallest(method, options) for item in items for options in item.alone.values()]
+        count = sum(c.method == method for c in own)
+        grown = rewriter.size(_choice(own)) - bare
+        stored = sum(c.nbytes for c in own) - sum(c.nbytes for c in kept)
+        found[method] = max(round((grown - stored) / max(count, 1)), _LEAST)
+    return found
+
+
+def _choice(candidates: Sequence[Candidate]) -> Choice:
+    return Choice({c.weight: c for c in candidates}, sum(c.nbytes for c in candidates), 0.0)
+
+
+def _smallest(method: str, options: Sequence[Candidate]) -> Candidate:
+    return min((c for c in options if c.method == method), key=lambda c: c.nbytes, default=options[0])
 
 
 def least_bytes(search: Search, rewriter: Rewriter) -> int:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from onnxdp import planner
+from onnxdp import planner, stats
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.meter import Meter
@@ -40,10 +40,17 @@ TILT = 2.0
 """What the last weight's damage counts over what it does alone, and the first's the other way round."""
 DEEP = 12
 """Weights from which that holds in full: where few layers follow, little is made up for."""
+REWEIGHED = 400_000_000
+"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 SMALL = 0.05
 """Share of the numbers whose holders, the smallest weights, stay float16 unless the target needs them ..."""
 SLACK = 0.02
 """... and the share of the file's budget that they may take so."""
+
+_PRICES = (-60.0, 0.0)
+"""Least and highest logarithm of damage per byte; which is found by as many ..."""
+_HALVINGS = 14
+"""... halvings of what lies between."""
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +95,11 @@ class Search:
         items, late = workshop.items(), _late(workshop, meter)
         return cls(workshop, meter, items, overhead, progress, costly=costly, late=late)
 
+    @property
+    def light(self) -> bool:
+        """Whether encoding a choice once more, to weigh changes within it, takes little."""
+        return stats.macs(self.workshop.found.weights) <= REWEIGHED
+
     def curve(self, candidate: Candidate) -> Curve:
         """Return what is known of the damage of a candidate's kind."""
         key = candidate.weight, candidate.method
@@ -113,33 +125,66 @@ class Search:
             choice = self._choose(budget)
         return choice
 
+    def within_damage(self, allowed: float) -> Choice:
+        """Return the smallest choice whose foreseen damage is allowed, measured where it falls."""
+        if not self._scanned:
+            self.scan()
+            self._scanned = True
+        choice = self._smallest_within(allowed)
+        for number in range(ROUNDS):
+            if not self._measure(choice, number):
+                break
+            choice = self._smallest_within(allowed)
+        return choice
+
+    def foreseen(self, choice: Choice) -> float:
+        """Return the damage that a choice does by what is known now."""
+        return float(planner.damages(list(choice.candidates.values()), self.curves).sum())
+
+    def _smallest_within(self, allowed: float) -> Choice:
+        low, high = _PRICES
+        best = self._at_price(low)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            choice = self._at_price(middle)
+            if choice.damage <= allowed:
+                best, low = choice, middle
+            else:
+                high = middle
+        return best
+
+    def _at_price(self, log_price: float) -> Choice:
+        """Return the best choice at a price (log of damage per byte), on what is known."""
+        price = math.exp(log_price)
+        items, _ = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
+        return planner.at_price(items, self.curves, price, self.overhead, self.operations)
+
     def filled(self, choice: Choice, left: int) -> Choice:
         """Return the choice with ``left`` bytes more to spend, on what is known."""
         return planner.filled(self.items, self.curves, choice, left, self.overhead, self.operations)
 
     def settled(self, log_price: float, number: int) -> Choice:
         """Choose at a price (log of damage per byte), measuring once or twice where the choice falls."""
-        price = math.exp(log_price)
-        items, _ = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
-        choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
+        choice = self._at_price(log_price)
         for _ in range(2):
             if not self._measure(choice, number):
                 break
-            choice = planner.at_price(items, self.curves, price, self.overhead, self.operations)
+            choice = self._at_price(log_price)
         return choice
 
     def scan(self) -> None:
         """Measure weights alone at a few shares of their float16 bytes: every curve needs a foot to stand on.
 
-        The small weights that together hold 1/20 of the bytes are left at float16 unless the target needs
+        The small weights that together hold 1/20 of the bytes are left at float16 unless a budget needs
         them: they can save little, and in a convolutional network their suffix is the whole network.
         """
         if self.meter is None:
             return
         sizes = {w.name: w.size for w in self.workshop.found.weights if w.name in self.meter.network.fed}
         held = sum(sizes.values())
-        worth = _largest(sizes, 1 - min(SMALL, SLACK * (self.budget or held) / (2 * max(held, 1))))
-        worth = list(sizes) if self.operations else worth  # small weights may take most operations
+        worth = list(sizes)
+        if self.budget is not None and not self.operations:  # small weights may take most operations
+            worth = _largest(sizes, 1 - min(SMALL, SLACK * self.budget / (2 * max(held, 1))))
         unreached: list[Candidate] = []
         for done, name in enumerate(worth):
             self.progress("measuring damage", done, len(worth), name)
@@ -332,6 +377,13 @@ class Search:
         for item in self.items:
             item.alone = {n: tuple(c for c in o if c.error <= most) for n, o in item.alone.items()}
             item.together = tuple(o for o in item.together if all(c.error <= most for c in o))
+
+    def hold(self, candidates: Iterable[Candidate]) -> None:
+        """Leave no candidate that is smaller than these, of their weights alone."""
+        held = {c.weight: c.nbytes for c in candidates}
+        for item in self.items:
+            for name in set(item.names) & set(held):
+                item.alone[name] = tuple(c for c in item.alone[name] if c.nbytes >= held[name])
 
     def free(self) -> Choice:
         """Return the smallest choice of candidates that are not worth a measurement."""

@@ -19,7 +19,7 @@ from onnxdp import budget as budgets
 from onnxdp import model as model_file
 from onnxdp.analysis import Analysis
 from onnxdp.budget import Budget
-from onnxdp.damage import Search
+from onnxdp.damage import REWEIGHED, Search
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError
 from onnxdp.meter import Meter
@@ -242,7 +242,7 @@ class Job:
 
     def _search(self) -> Search:
         """Return a search that starts from what was measured already."""
-        overhead = budgets.overhead(self.workshop)
+        overhead = budgets.overhead(self.workshop.items(), self.rewriter)
         search = Search.of(self.workshop, self._measuring(), overhead, self.progress, costly=self.costly)
         search.measured_alone = self._measured
         return search
@@ -289,7 +289,7 @@ class Job:
             self._originals.pop(True, None)  # there is no way back
         if quick not in self._originals:
             again = quick or self.settings.error_target is not None
-            small = stats.macs(self.found.weights) <= budgets.REWEIGHED
+            small = stats.macs(self.found.weights) <= REWEIGHED
             self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
         original = self._originals[quick]
         return refine(

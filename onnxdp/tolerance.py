@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 from onnxdp import model as model_file
 from onnxdp import runtime, verifier
@@ -21,16 +22,38 @@ from onnxdp.probes import Probes
 from onnxdp.records import Array, Encoded
 from onnxdp.result import LARGE, Rewriter
 
-_ENCODINGS = {False: 5, True: 3}
-"""Times that a choice is encoded on the way to an error, and where the network is costly."""
+_TIMES = {"light": (4, 6), "usual": (4, 3), "costly": (2, 2)}
+"""Times that a choice is encoded on the way to an error: quickly, and as the file will have it."""
+
+_NEARLY = 0.85
+"""Share of the allowed error from which a choice is good enough ..."""
+_AIM = 0.93
+"""... and the one that the next aims at."""
+
+_APART = 4.0
+"""By how much the next allowed damage differs where all before it lie on one side, and ratios say nothing."""
+
+_HELD = 3
+"""Times in a row that a step which is too much is left out for another."""
 
 NARROW_SHARE = 0.1
 """Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
 
 log = logging.getLogger(__name__)
 
+Made: TypeAlias = tuple[list[Encoded], dict[str, Array]]
+"""The arrays of a choice, and what biases gain."""
+
 Measure: TypeAlias = Callable[[list[Encoded], dict[str, Array]], float]
 """Gives the relative output error of encoded weights and of what biases gain."""
+
+
+class Encode(Protocol):
+    """Makes the arrays of a choice."""
+
+    def __call__(self, choice: Choice, *, quick: bool) -> Made:
+        """Make them; quickly, where they are only to be measured."""
+        ...
 
 
 def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
@@ -67,15 +90,13 @@ def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
 
 
 def within_error_encoded(
-    search: Search,
-    limit: float,
-    encode: Callable[[Choice], tuple[list[Encoded], dict[str, Array]]],
-    measure: Measure,
-) -> tuple[Choice, tuple[list[Encoded], dict[str, Array]]]:
+    search: Search, limit: float, encode: Encode, measure: Measure
+) -> tuple[Choice, Made]:
     """Return the smallest choice found whose outputs, once encoded layer by layer, stay within ``limit``.
 
     What layers make up for one another is not foreseen: a choice is encoded, its error measured, and the
     damage allowed to the next is corrected by the ratio, or lies between what fitted and what did not.
+    First quickly, and every change is weighed within the whole; then as the file will have it.
 
     Parameters
     ----------
@@ -94,45 +115,89 @@ def within_error_encoded(
         that changes nothing.
     """
     nothing = search.untouched()
-    best: tuple[Choice, tuple[list[Encoded], dict[str, Array]]] = nothing, ([], {})
-    allowed, low, high = limit**2, 0.0, math.inf
-    least = search.smallest().candidates
-    tried: list[tuple[Choice, float]] = []
-    for _ in range(_ENCODINGS[search.costly]):
-        choice = _within_damage(search, allowed)
-        error = next((e for c, e in tried if c.candidates == choice.candidates), math.nan)
-        if math.isnan(error):
-            encoded = encode(choice)
-            error = measure(*encoded)
-            tried.append((choice, error))
-            log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
-            if error <= limit and choice.nbytes < best[0].nbytes:
-                best = choice, encoded
-        if 0.85 * limit <= error <= limit or (error <= limit and choice.candidates == least):
-            break
-        low, high = (max(low, allowed), high) if error <= limit else (low, min(high, allowed))
-        aim = allowed * (0.93 * limit / max(error, 1e-3 * limit)) ** 2
-        allowed = aim if low < aim < high else (low * high) ** 0.5
-    if best[0] is nothing:  # errors that hardly fall with the damage allowed
+    quick, full = _TIMES["light" if search.light else "costly" if search.costly else "usual"]
+    hunt = _Hunt(search, limit, encode, measure)
+    hunt.near(limit**2, quick, quick=True)
+    best = hunt.near(hunt.next(), full, quick=False)
+    if best is None:  # errors that hardly fall with the damage allowed
         free = search.free()
-        encoded = encode(free)
-        if free.nbytes < nothing.nbytes and measure(*encoded) <= limit:
-            best = free, encoded
-    return best
+        encoded = encode(free, quick=False)
+        best = (free, encoded) if free.nbytes < nothing.nbytes and measure(*encoded) <= limit else None
+    return best or (nothing, ([], {}))
 
 
-def _within_damage(search: Search, allowed: float) -> Choice:
-    """Return the smallest choice whose foreseen damage is allowed."""
-    low, high = -60.0, 0.0  # log of damage per byte
-    best = search.settled(low, 0)
-    for number in range(12):
-        middle = (low + high) / 2
-        choice = search.settled(middle, number)
-        if choice.damage <= allowed:
-            best, low = choice, middle
-        else:
-            high = middle
-    return best
+@dataclass(slots=True)
+class _Hunt:
+    """Choices encoded one after the other, each allowed the damage that the errors before it suggest."""
+
+    search: Search
+    limit: float
+    encode: Encode
+    measure: Measure
+    known: list[tuple[Choice, float]] = field(default_factory=list)
+    """Choices and their errors, the latest last."""
+
+    def near(self, allowed: float, times: int, *, quick: bool) -> tuple[Choice, Made] | None:
+        """Return the smallest choice that stays within the limit, of so many that are encoded."""
+        least = self.search.smallest().candidates
+        best: tuple[Choice, Made] | None = None
+        tried: list[Choice] = []
+        for number in range(times):
+            choice = self._untried(allowed, tried)
+            if choice is None:
+                break
+            made = self.encode(choice, quick=quick)
+            error = self.measure(*made)
+            log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
+            tried.append(choice)
+            fits = error <= self.limit
+            if fits and (best is None or choice.nbytes < best[0].nbytes):
+                best = choice, made
+            self.known = [(c, e) for c, e in self.known if c.candidates != choice.candidates]
+            self.known.append((choice, error))
+            if quick and number == 0 and self.search.light and self.search.reweighed(choice, *made):
+                tried = []  # damage is counted otherwise: the same choice may come for another reason
+            elif fits and (error >= _NEARLY * self.limit or choice.candidates == least):
+                break
+            allowed = self.next()
+        return best
+
+    def _untried(self, allowed: float, tried: Sequence[Choice]) -> Choice | None:
+        """Return the choice of an allowed damage, or one beside it; None where all are known.
+
+        Between two choices next to each other one weight's step is too much: it is not taken, so that others
+        have their turn.
+        """
+        for _ in range(_HELD):
+            choice = self.search.within_damage(allowed)
+            if all(choice.candidates != c.candidates for c in tried):
+                return choice
+            fitting = min((c for c, e in self.known if e <= self.limit), key=lambda c: c.nbytes, default=None)
+            beyond = [c for c, e in self.known if e > self.limit]
+            if fitting is None or not beyond:
+                return None
+            nearest = max(beyond, key=lambda c: c.nbytes)
+            self.search.hold(c for n, c in fitting.candidates.items() if nearest.candidates[n] != c)
+            self.known = [(c, e) for c, e in self.known if e <= self.limit]
+            allowed = self.next(fitting)
+        return None
+
+    def next(self, choice: Choice | None = None) -> float:
+        """Return the damage to allow after an error, the latest: by the ratio, or between what is known."""
+        damages = [(self.search.foreseen(c), e) for c, e in self.known]
+        low = max((d for d, e in damages if e <= self.limit), default=0.0)
+        high = min((d for d, e in damages if e > self.limit), default=math.inf)
+        damage, error = (
+            damages[-1]
+            if choice is None
+            else next((d, e) for (d, e), (c, _) in zip(damages, self.known, strict=True) if c is choice)
+        )
+        if choice is None and _NEARLY * self.limit <= error <= self.limit:
+            return damage
+        aim = damage * (_AIM * self.limit / max(error, 1e-3 * self.limit)) ** 2
+        if not low < aim < high:
+            aim = high / _APART if low == 0 else low * _APART if math.isinf(high) else (low * high) ** 0.5
+        return aim
 
 
 def file_error(search: Search, limit: float, rewriter: Rewriter, original: Model, probes: Probes) -> Measure:

@@ -17,7 +17,9 @@ from onnxdp.records import Array
 from onnxdp.weights import constant
 
 _SMALL = 1024
-"""Bytes of a constant below which it is gathered."""
+"""Bytes of a constant below which it is gathered ..."""
+_INDICES = 8_000_000
+"""... and of integers: indices of 64 bits each mostly fit one byte of a varint."""
 _SHORT = 64
 """Numbers that an operator may give to be worked out here."""
 _MOVING = frozenset(
@@ -78,13 +80,14 @@ class GatherConstants(ir.passes.InPlacePass):
         self, model: ir.Model, value: ir.Value, held: dict[object, ir.Value], names: set[str | None]
     ) -> None:
         tensor = constant(value)
-        if tensor is None or tensor.nbytes >= _SMALL or value.is_graph_input() or value.is_graph_output():
+        if tensor is None or value.is_graph_input() or value.is_graph_output():
+            return
+        if tensor.nbytes >= (_INDICES if tensor.dtype in _INTEGERS else _SMALL):
             return
         if tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.STRING:
             return
-        before = 30 if value.producer() else 0
+        self.saved += 30 if value.producer() else 0
         new = self._kept(model, tensor, held, names)
-        self.saved += before
         value.replace_all_uses_with(new)
         drop(value)
 
@@ -100,6 +103,7 @@ class GatherConstants(ir.passes.InPlacePass):
         names.add(name)
         array = tensor.numpy()
         brief = briefly(array, name) if tensor.dtype in _INTEGERS else _copied(tensor, name)
+        self.saved += max(0, tensor.nbytes - ir.serde.serialize_tensor(brief).ByteSize())
         shape = ir.Shape(tensor.shape.numpy())
         held[key] = ir.Value(name=name, const_value=brief, type=ir.TensorType(tensor.dtype), shape=shape)
         model.graph.register_initializer(held[key])

@@ -63,7 +63,7 @@ def test_a_file_that_takes_more_than_foreseen_does_not_fall_back_to_the_smallest
 class Restless:
     """A search whose outputs are far off as soon as anything is rounded, whatever damage was foreseen."""
 
-    costly = False
+    costly = light = False
 
     def _choice(self, method, nbytes, damage=0.0):
         return Choice({"w": Candidate("w", method, {}, nbytes, 0.0)}, nbytes, damage)
@@ -77,8 +77,11 @@ class Restless:
     def free(self):
         return self._choice("float16", 2_000)
 
-    def settled(self, log_price, number):
-        return self._choice("quant", 1_500 - round(10 * log_price), 1e-9 * 2.0 ** (log_price + 60))
+    def within_damage(self, allowed):
+        return self._choice("quant", 500 + round(1 / allowed), allowed)
+
+    def foreseen(self, choice):
+        return choice.damage
 
 
 @pytest.mark.parametrize(("of_halves", "left"), [(0.001, "float16"), (0.035, "keep")])
@@ -88,7 +91,7 @@ def test_where_no_rounding_stays_within_an_error_halves_may(of_halves, left):
     choice, (encoded, _) = within_error_encoded(
         Restless(),
         0.03,
-        lambda choice: (list(choice.candidates.values()), {}),
+        lambda choice, quick: (list(choice.candidates.values()), {}),
         lambda encoded, _: max(errors[c.method] for c in encoded),
     )
     assert choice.candidates["w"].method == left

@@ -98,7 +98,9 @@ def test_every_weight_that_runs_does_damage_alone_and_together(parts):
 def test_what_no_probe_reaches_counts_as_the_others_do(parts):
     model, *_ = parts
     job = Job.start(model_file.serialize(model), Settings(samples=8), lambda *_: None)
-    search = Search.of(job.workshop, job._measuring(), overhead(job.workshop), job.progress)
+    search = Search.of(
+        job.workshop, job._measuring(), overhead(job.workshop.items(), job.rewriter), job.progress
+    )
     search.scan()
     squares = np.array([1e-3])
     damage = {n: float(c(squares)[0]) for (n, m), c in search.curves.items() if m == "quant"}
