@@ -386,9 +386,9 @@ class Search:
                 item.alone[name] = tuple(c for c in item.alone[name] if c.nbytes >= held[name])
 
     def free(self) -> Choice:
-        """Return the smallest choice of candidates that are not worth a measurement."""
+        """Return the choice of the smallest errors that save bytes (or none): not worth a measurement."""
         least = {
-            n: min((c for c in options if c.error**2 <= FREE), key=lambda c: c.nbytes)
+            n: min((c for c in options[1:] if c.error**2 <= FREE), key=lambda c: c.error, default=options[0])
             for item in self.items
             for n, options in item.alone.items()
         }

@@ -21,13 +21,13 @@ from onnxdp.build import Builder, Paper, half_of, nbytes
 from onnxdp.methods import packing as packing_file
 from onnxdp.methods import streams
 from onnxdp.methods.form import Task
-from onnxdp.methods.packing import BITS, Packing, centred, offered, unit
+from onnxdp.methods.packing import BITS, Packing, centred, digit_type, offered, unit
 from onnxdp.methods.streams import Part
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.records import Weight
 from onnxdp.settings import Settings
 
-LEVELS = [n for n in range(2, 256) if n % 2 or n <= 128]
+LEVELS = [*(n for n in range(2, 256) if n % 2 or n <= 128), 257, 1625, 2047]
 OPSETS = [7, 9, 10, 11, 13, 17, 21, 23]
 X = {"x": np.zeros(1, np.float32)}
 
@@ -59,7 +59,7 @@ def finished(made: ir.Model, paper: Paper, values: list[ir.Value], ranks: list[i
 
 def digits_of(levels: int, size: int) -> np.ndarray:
     """Digits of which the last, padded word's is the largest."""
-    drawn = np.random.default_rng(levels).integers(0, levels, size, dtype=np.uint8)
+    drawn = np.random.default_rng(levels).integers(0, levels, size, dtype=digit_type(levels))
     drawn[-3:] = levels - 1
     return drawn
 
@@ -93,7 +93,7 @@ def shapes_of(packing: Packing) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("word", BITS)
 def test_unpacking_undoes_packing_for_all_levels_and_lengths(word):
-    for levels in LEVELS:
+    for levels in (n for n in LEVELS if n <= 1 << BITS[word]):
         most = next(k for k in range(1, 40) if levels ** (k + 1) > 1 << BITS[word])
         whole = digits_of(levels, 70)
         for digits in {1, most}:
@@ -103,7 +103,7 @@ def test_unpacking_undoes_packing_for_all_levels_and_lengths(word):
                 assert words.dtype == word and words.shape == (-(-size // digits),)
                 assert words.nbytes == packing.nbytes(size)
                 back = packing.unpack(words, size)
-                assert back.dtype == np.uint8 and np.array_equal(back, whole[-size:])
+                assert back.dtype == digit_type(levels) and np.array_equal(back, whole[-size:])
 
 
 @pytest.mark.parametrize(("levels", "word", "digits"), [(3, "uint8", 5), (7, "uint16", 5), (7, "uint32", 11)])
@@ -125,12 +125,12 @@ def test_a_word_is_a_number_whose_low_digit_comes_first():
 def test_any_digits_come_back(data):
     levels = data.draw(st.sampled_from(LEVELS))
     packing = data.draw(st.sampled_from(offered(levels, 17)))
-    digits = np.array(data.draw(st.lists(st.integers(0, levels - 1), max_size=80)), np.uint8)
+    digits = np.array(data.draw(st.lists(st.integers(0, levels - 1), max_size=80)), digit_type(levels))
     assert np.array_equal(packing.unpack(packing.pack(digits), digits.size), digits)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 130, 254, 256])
-def test_levels_that_do_not_fit_into_a_byte_are_refused(levels):
+@pytest.mark.parametrize("levels", [0, 1, 130, 254, 256, 1624, 2049])
+def test_levels_that_are_not_offered_are_refused(levels):
     with pytest.raises(ValueError, match="not offered"):
         unit(levels)
     with pytest.raises(ValueError, match="not offered"):
@@ -158,7 +158,7 @@ def test_a_step_of_the_integers_is_a_step_of_the_grid():
 
 @pytest.mark.parametrize("opset", OPSETS)
 def test_runtime_and_reference_decode_the_integers(opset):
-    few = [2, 3, 6, 7, 9, 11, 15, 20, 63, 84, 127, 128, 255]
+    few = [2, 3, 6, 7, 9, 11, 15, 20, 63, 84, 127, 128, 255, 1625]
     packings = [p for levels in few for p in offered(levels, opset)]
     # all that best can choose from, no more than one table of 84 kB where tables are stored
     packings = [p for p in packings if p.digits * p.levels**p.digits < 90_000 or p.word == "uint32"]
@@ -474,7 +474,7 @@ def part_of(
     """A rounded weight whose steps lie along one axis, or whose one step serves all (axis -1)."""
     size = int(np.prod(shape))
     packing = Packing.best(levels, size, 17)
-    digits = np.random.default_rng(seed + size).integers(0, levels, size, dtype=np.uint8)
+    digits = np.random.default_rng(seed + size).integers(0, levels, size, dtype=digit_type(levels))
     steps = np.random.default_rng(seed).random(shape[axis] if axis >= 0 else 1) + 0.25
     steps = steps.astype(np.float16).astype(np.float32)
     steps = steps.reshape([d if i == axis else 1 for i, d in enumerate(shape)])
@@ -682,7 +682,7 @@ def test_a_real_network_of_rounded_weights_has_the_originals_nodes(name, shared,
     for i, w in enumerate(found.weights):
         made = method.outline(w, {"levels": (2, 3, 4, 7)[i % 4]})
         packing = Packing.best(int(made.params["levels"]), w.size, 17)
-        words = packing.pack(rng.integers(0, packing.levels, w.size, dtype=np.uint8))
+        words = packing.pack(rng.integers(0, packing.levels, w.size, dtype=digit_type(packing.levels)))
         scale = (0.02 + 0.05 * rng.random(made.arrays["scale"].shape)).astype(np.float16)
         encoded.append(replace(made, arrays={"words": words, "scale": scale}))
     numbers = sum(e.nbytes for e in encoded)

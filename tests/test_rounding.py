@@ -13,7 +13,7 @@ from onnxdp.methods import rounding
 from onnxdp.methods.rounding import Curvature, round_weights
 
 EPS32 = float(np.finfo(np.float32).eps)
-LEVELS = [2, 3, 4, 5, 7, 16, 40, 127, 255]
+LEVELS = [2, 3, 4, 5, 7, 16, 40, 127, 255, 1625]
 
 host = arrays.to_host
 
@@ -234,14 +234,21 @@ def test_the_plain_norm_is_the_identity_and_rounds_to_nearest():
 
 
 @given(
-    inputs=st.integers(1, 30), outputs=st.integers(1, 5), levels=st.integers(2, 255), seed=st.integers(0, 99)
+    inputs=st.integers(1, 30),
+    outputs=st.integers(1, 5),
+    levels=st.integers(2, 255) | st.just(1625),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_digits_are_levels_and_the_error_is_what_they_lose(inputs, outputs, levels, seed):
     w, moment = problem(inputs, outputs, seed)
     curvature = curved(moment)
     made = round_weights(w, curvature, levels, tries=2, sweeps=1)
-    assert made.digits.dtype == np.uint8 and made.digits.max() < levels and np.all(made.scale > 0)
+    assert (
+        made.digits.dtype == (np.uint8 if levels <= 255 else np.uint16)
+        and made.digits.max() < levels
+        and np.all(made.scale > 0)
+    )
     back = units(made, levels) * made.scale.astype(np.float64)[:, None, :]
     lost = np.abs(w - back)
     h = np.abs(moment.astype(np.float64)) + curvature.damping[:, None, None] * np.eye(inputs)

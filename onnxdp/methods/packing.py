@@ -24,6 +24,10 @@ from onnxdp.build import TERSE, Builder, nbytes
 from onnxdp.records import Array
 
 BITS = {"uint8": 8, "uint16": 16, "uint32": 32}
+_BYTE = 255
+"""Most levels whose digits, and what they decode to, are bytes; 16 bits each beyond."""
+_MOST = 2047
+"""Most levels: float16, which takes 16 bits where they take 11, is as near from there on."""
 _ROWS = 1 << 16
 """Of a table, at most."""
 _BLOCK = 1 << 20
@@ -37,7 +41,7 @@ class Packing:
     Attributes
     ----------
     levels : int
-        L, 2 to 255; even numbers up to 128 only, see :func:`unit`.
+        L, 2 to 2047; even numbers up to 128 only, see :func:`unit`.
     word : str
         ``uint8``, ``uint16`` or ``uint32``.
     digits : int
@@ -85,7 +89,7 @@ class Packing:
         return self.nbytes(size) + _decoding(self, opset, size % self.digits > 0, first)
 
     def pack(self, digits: Array) -> Array:
-        """Pack numbers ``0 .. levels - 1``, uint8 (size,), into words, (words,).
+        """Pack numbers ``0 .. levels - 1``, integers (size,), into words, (words,).
 
         Raises
         ------
@@ -109,8 +113,8 @@ class Packing:
         return words
 
     def unpack(self, words: Array, size: int) -> Array:
-        """Give the numbers back, uint8 (size,)."""
-        rows = np.empty((len(words), self.digits), np.uint8)
+        """Give the numbers back, uint8 or uint16 (size,)."""
+        rows = np.empty((len(words), self.digits), digit_type(self.levels))
         base = words.dtype.type(self.levels)
         for first in range(0, len(words), _BLOCK):
             left = words[first : first + _BLOCK]
@@ -127,11 +131,21 @@ def unit(levels: int) -> float:
     Raises
     ------
     ValueError
-        The integers would not fit into int8: an even number of levels above 128, or any above 255.
+        There are more than 2047 levels, or an even number above 128.
     """
-    if not 2 <= levels <= 255 or (levels % 2 == 0 and levels > 128):
-        raise ValueError(f"{levels} levels are not offered: 2 to 128 are, and odd numbers up to 255.")
+    if not 2 <= levels <= _MOST or (levels % 2 == 0 and levels > 128):
+        raise ValueError(f"{levels} levels are not offered: 2 to 128 are, and odd numbers up to {_MOST}.")
     return 1.0 if levels % 2 else 0.5
+
+
+def digit_type(levels: int) -> np.dtype[np.unsignedinteger]:
+    """Return the type that digits are held in: uint8 or uint16."""
+    return np.dtype(np.uint8 if levels <= _BYTE else np.uint16)
+
+
+def is_wide(levels: int) -> bool:
+    """Whether digits decode to int16 instead of int8."""
+    return levels > _BYTE
 
 
 def offered(levels: int, opset: int) -> tuple[Packing, ...]:
@@ -158,13 +172,16 @@ def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -
 
 
 def centred(levels: int) -> Array:
-    """Return what the digits 0 .. levels - 1 decode to, int8."""
+    """Return what the digits 0 .. levels - 1 decode to, int8 or int16."""
     step = 1 if levels % 2 else 2
-    return (step * np.arange(levels) - step * (levels - 1) // 2).astype(np.int8)
+    found: Array = (step * np.arange(levels) - step * (levels - 1) // 2).astype(
+        np.int16 if is_wide(levels) else np.int8
+    )
+    return found
 
 
 def rows(build: Builder, packing: Packing, words: Array) -> ir.Value:
-    """Draw the digits of each word as a row, int8."""
+    """Draw the digits of each word as a row, int8 or int16."""
     levels, count = packing.levels, packing.digits
     length, parts = _parts(packing)
     int32 = int(ir.DataType.INT32)
@@ -183,8 +200,17 @@ def rows(build: Builder, packing: Packing, words: Array) -> ir.Value:
 
 
 def grid(build: Builder, levels: int) -> ir.Value:
-    """Draw what single digits decode to, (levels,) int8, once for all weights."""
-    return build.outer.constant("x1", centred(levels), f"{TERSE}.L{levels}")
+    """Draw what single digits decode to, (levels,) int8 or int16, once for all weights."""
+    if not is_wide(levels) or build.opset < 11:
+        return build.outer.constant("x1", centred(levels), f"{TERSE}.L{levels}")
+    return build.outer.once(f"grid {levels}", lambda: _counted(build.outer, levels))
+
+
+def _counted(build: Builder, levels: int) -> ir.Value:
+    """Draw the integers about zero, int16, by counting."""
+    half = (levels - 1) // 2
+    ends = (build.integers(np.array(n, np.int32)) for n in (-half, half + 1, 1))
+    return build.node("Cast", [build.node("Range", list(ends), "counted")], "x1", to=int(ir.DataType.INT16))
 
 
 def _parts(packing: Packing) -> tuple[int, int]:
@@ -203,8 +229,11 @@ def _head(build: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
 
 
 def _table(build: Builder, levels: int, digits: int) -> ir.Value:
-    """Draw the table of all words of so many digits, (L^digits, digits) int8, once for all weights."""
+    """Draw the table of all words of so many digits, (L^digits, digits), once for all weights."""
     outer = build.outer
+    if digits == 1 and is_wide(levels):
+        turned = outer.once(f"column {levels}", lambda: outer.reshape(grid(build, levels), [-1, 1], "x1"))
+        return turned
     form = _generated if _generates(levels, digits, build.opset) else _stored
     return outer.once(f"table {levels} {digits}", lambda: form(outer, levels, digits))
 

@@ -38,7 +38,7 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Reader
 
-_LEVELS = quantized.LEVELS[1:-1]
+_LEVELS = quantized.LEVELS[1:-2]
 """Numbers of levels of either factor; with two, a pair is worse than fewer atoms."""
 _TRIED = (4, 16)
 """Numbers of levels whose errors are measured; those of the others lie on a line in logarithms."""

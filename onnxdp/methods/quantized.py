@@ -33,7 +33,7 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Reader
 
-LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255)
+LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
 
 DAMPING = (0.1, 0.3)
@@ -98,7 +98,7 @@ class Quantized:
     def outline(self, weight: Weight, params: Params) -> Encoded:
         """Return arrays of the right shapes and types."""
         levels, dim = Alphabet.of(params)
-        digits = unlike_others(np.zeros(weight.size // dim, np.uint8), weight.name, levels)
+        digits = unlike_others(np.zeros(weight.size // dim, packing.digit_type(levels)), weight.name, levels)
         words = Packing.best(levels, digits.size, OPSET).pack(digits)
         scale = unlike_others(np.ones(_columns(weight), np.float16), weight.name)
         return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)

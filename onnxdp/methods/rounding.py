@@ -133,7 +133,7 @@ class Rounded:
 
     Attributes
     ----------
-    digits : array of shape (stack, inputs, outputs), uint8
+    digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels
         k, in the weight's own order of rows.
     scale : array of shape (stack, outputs), float32
         The same for all parts of one column.
@@ -200,7 +200,8 @@ def round_weights(
     energy = xp.sum(white * white * curvature.pivots[:, :, None], axis=1)
     energy -= curvature.damping[:, None] * xp.sum(w * w, axis=1)
     digits = take(q + half, xp.argsort(curvature.order, axis=-1))
-    return Rounded(xp.astype(digits, xp.uint8), scale, error, energy)
+    kind = xp.uint8 if levels <= 255 else xp.uint16
+    return Rounded(xp.astype(digits, kind), scale, error, energy)
 
 
 def _falling(diagonal: Array, run: int) -> Array:

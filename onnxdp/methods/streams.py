@@ -157,11 +157,15 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
     for part in parts:
         rows.setdefault(part.row or id(part), []).append(part)
     streams, sizes, owners = [], [], []
-    for alphabet in sorted({p.alphabet for p in parts}):
+    alphabets = sorted({p.alphabet for p in parts})
+    wide = any(packing.is_wide(a.levels) for a in alphabets)
+    for alphabet in alphabets:
         pieces = {k: [p for p in own if p.alphabet == alphabet] for k, own in rows.items()}
         pieces = {k: own for k, own in pieces.items() if own}
         digits = np.concatenate([_digits(p) for own in pieces.values() for p in own])
         stream, left_over = _stream(build, alphabet, digits)
+        if wide and not packing.is_wide(alphabet.levels):  # one type goes into one Concat
+            stream = build.node("Cast", [stream], "wide", to=int(ir.DataType.INT16))
         streams.append(stream)
         owners += [*pieces, *([None] if left_over else [])]
         sizes += [sum(p.weight.size for p in own) for own in pieces.values()]
@@ -194,7 +198,7 @@ def _digits(part: Part) -> Array:
 
 
 def _stream(build: Builder, alphabet: Alphabet, digits: Array) -> tuple[ir.Value, int]:
-    """Store digits and draw them as integers, int8; also returns how many follow the last of them."""
+    """Store digits and draw them as integers, int8 or int16; also returns how many follow the last."""
     levels, dim = alphabet
     name = f"{TERSE}.{levels}" if dim == 1 else f"{TERSE}.{levels}x{dim}"
     best = Packing.best(levels, digits.size, build.opset)
