@@ -63,6 +63,12 @@ ALIKE = 0.01
 MILD = 0.1
 """Local error that no weight goes beyond where they do not and an output error is asked for: some 4 bits."""
 
+HUNTED = 100_000_000
+"""Multiply-accumulates of one sample from which fewer measurements do where an error is asked for.
+
+A choice is encoded and measured as a whole many times then, and that corrects what was foreseen.
+"""
+
 MANY = 96
 """Samples from which every other feed is enough for arrays that are only measured."""
 
@@ -270,8 +276,9 @@ class Job:
 
     @property
     def costly(self) -> bool:
-        """Whether one run of the network takes so long that fewer measurements have to do."""
-        return stats.macs(self.found.weights) > preparation.COSTLY
+        """Whether runs of the network take so long that fewer measurements have to do."""
+        hunted = self.settings.error_target is not None and self._sequential
+        return stats.macs(self.found.weights) > (HUNTED if hunted else preparation.COSTLY)
 
     @property
     def _sequential(self) -> bool:

@@ -113,6 +113,18 @@ class Network:
 
         return scores
 
+    def responses(self) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
+        """Return a function that gives all floating-point outputs."""
+        session = self.segment(0, None, {}, self.outputs, self.fed)
+        wanted = [i.name for i in session.get_inputs()]
+
+        def outputs(feed: Mapping[str, Array]) -> Sequence[Array]:
+            everything = {**self.fed, **feed}
+            found = runtime.run(session, {n: everything[n] for n in wanted}, self.outputs)
+            return [a for a in found.values() if a.dtype.kind == "f"]
+
+        return outputs
+
     @property
     def halts(self) -> list[int]:
         """The places of all weights, rising."""

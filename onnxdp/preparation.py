@@ -22,6 +22,9 @@ from onnxdp.weights import Found
 COSTLY = 3_000_000_000
 """Multiply-accumulates of one sample from which fewer probes, and fewer points of a curve, have to do."""
 
+STEADY = 400_000_000
+"""... and up to which signals are chosen by how steadily the network answers them."""
+
 FED = 32_000_000
 """Bytes of the largest output of a weight, of all samples of a feed: runs need several times that."""
 
@@ -62,8 +65,9 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
     widest = max((4 * w.positions * w.groups * w.outputs for w in found.weights), default=0)
     batch = min(probes.BATCH, max(1, FED // max(widest, 1)))
+    asked, steady = macs <= COSTLY, macs <= STEADY
     made = probes_for(
-        network.specification, settings, network, usual=usual, asked=macs <= COSTLY, batch=batch
+        network.specification, settings, network, usual=usual, asked=asked, steady=steady, batch=batch
     )
     made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
@@ -127,6 +131,7 @@ def probes_for(
     *,
     usual: int = 16,
     asked: bool = True,
+    steady: bool = False,
     batch: int = probes.BATCH,
 ) -> Probes:
     """Make probes for a model, or load those that were given; a network tells their range and picks them.
@@ -142,8 +147,15 @@ def probes_for(
     answers = network.answers() if network is not None and asked else None
     misfit = normalisation.misfit(network) if network is not None else None
     if settings.calibrate is None:
+        responses = network.responses() if network is not None and steady else None
         return probes.make(
-            specs, samples=samples, seed=settings.seed, batch=batch, answers=answers, misfit=misfit
+            specs,
+            samples=samples,
+            seed=settings.seed,
+            batch=batch,
+            answers=answers,
+            misfit=misfit,
+            responses=responses,
         )
     enough = settings.samples or (calibration.ENOUGH if asked else usual)
     most = max(enough, settings.samples or usual)

@@ -32,6 +32,7 @@ from onnxdp.inputs import (
 )
 from onnxdp.ranges import CENTRED, STANDARDISED, TRIED, Misfit, Range, by_statistics
 from onnxdp.records import Array
+from onnxdp.steadiness import Run, erratic
 
 __all__ = ["BATCH", "POOL", "InputSpec", "Probes", "divisor", "gathered", "load", "make"]
 
@@ -184,6 +185,7 @@ def make(
     answers: Answers | None = None,
     misfit: Misfit | None = None,
     wanted: Range | None = None,
+    responses: Run | None = None,
 ) -> Probes:
     """Make up inputs.
 
@@ -198,7 +200,7 @@ def make(
     batch : int
         Largest number of samples in a feed, where the model leaves it free.
     pool : int, optional
-        Samples drawn to choose from when ``answers`` is given; default ``POOL * samples``.
+        Samples drawn to choose from when ``answers`` or ``responses`` choose; default ``POOL * samples``.
     answers : callable, optional
         Runs the network: a feed in, its class scores out, ndarray of shape (samples of the feed, classes).
         The probes are then picked by :func:`onnxdp.answers.pick`.
@@ -207,6 +209,10 @@ def make(
     wanted : Range, optional
         The range of pictures, where it is known. Otherwise they are standardised per channel, unless
         ``misfit`` says better, or, without it, ``answers`` hardly move.
+
+    responses : callable, optional
+        Runs the network. Signals are then those that it answers steadily
+        (:func:`onnxdp.steadiness.erratic`), as far as there are enough, whatever their classes.
 
     Returns
     -------
@@ -234,8 +240,13 @@ def make(
     if misfit is not None and wanted is None and main == "image":
         few, known = range(0, min(TRIED, total), size), misfit
         chosen = by_statistics(lambda r: known([feed(np.arange(k, k + size), r) for k in few]))
-    if answers is not None and plan.axes[plan.primary] is not None:
-        many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
+    many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
+    if responses is not None and main == "other":
+        unit = 1 if plan.dynamic else size
+        drawn_from = np.arange(many).reshape(-1, unit)
+        worst = erratic(responses, (feed(some, chosen) for some in drawn_from), seed)
+        order = drawn_from[np.sort(np.argsort(worst, stable=True)[: total // unit])].reshape(-1)
+    elif answers is not None and plan.axes[plan.primary] is not None:
         asked = answers
 
         def ask(chosen: Range) -> Array:

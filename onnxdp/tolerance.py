@@ -22,8 +22,8 @@ from onnxdp.probes import Probes
 from onnxdp.records import Array, Encoded
 from onnxdp.result import LARGE, Rewriter
 
-_TIMES = {"light": (4, 6), "usual": (4, 3), "costly": (2, 2)}
-"""Times that a choice is encoded on the way to an error: quickly, and as the file will have it."""
+_TIMES = {False: (4, 8), True: (2, 4)}
+"""Times that a choice is encoded on the way to an error, quickly and as the file will have it; if costly."""
 
 _NEARLY = 0.85
 """Share of the allowed error from which a choice is good enough ..."""
@@ -33,8 +33,8 @@ _AIM = 0.93
 _APART = 4.0
 """By how much the next allowed damage differs where all before it lie on one side, and ratios say nothing."""
 
-_HELD = 3
-"""Times in a row that a step which is too much is left out for another."""
+_MOVES = 12
+"""Times that the allowed damage is moved where it gives a choice whose error is known."""
 
 NARROW_SHARE = 0.1
 """Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
@@ -115,7 +115,7 @@ def within_error_encoded(
         that changes nothing.
     """
     nothing = search.untouched()
-    quick, full = _TIMES["light" if search.light else "costly" if search.costly else "usual"]
+    quick, full = _TIMES[search.costly]
     hunt = _Hunt(search, limit, encode, measure)
     hunt.near(limit**2, quick, quick=True)
     best = hunt.near(hunt.next(), full, quick=False)
@@ -143,7 +143,7 @@ class _Hunt:
         best: tuple[Choice, Made] | None = None
         tried: list[Choice] = []
         for number in range(times):
-            choice = self._untried(allowed, tried)
+            choice = self._untried(allowed, tried, final=not quick)
             if choice is None:
                 break
             made = self.encode(choice, quick=quick)
@@ -153,32 +153,50 @@ class _Hunt:
             fits = error <= self.limit
             if fits and (best is None or choice.nbytes < best[0].nbytes):
                 best = choice, made
-            self.known = [(c, e) for c, e in self.known if c.candidates != choice.candidates]
-            self.known.append((choice, error))
-            if quick and number == 0 and self.search.light and self.search.reweighed(choice, *made):
-                tried = []  # damage is counted otherwise: the same choice may come for another reason
-            elif fits and (error >= _NEARLY * self.limit or choice.candidates == least):
+            self._learn(choice, error)
+            weighed = quick and number == 0 and self.search.light and self.search.reweighed(choice, *made)
+            if fits and not weighed and (error >= _NEARLY * self.limit or choice.candidates == least):
                 break
             allowed = self.next()
         return best
 
-    def _untried(self, allowed: float, tried: Sequence[Choice]) -> Choice | None:
+    def _learn(self, choice: Choice, error: float) -> None:
+        """Note an error; what care gains for one choice, made quickly before, it will for the others."""
+        before = next((e for c, e in self.known if c.candidates == choice.candidates), 0.0)
+        gain = error / before if before else 1.0
+        self.known = [(c, gain * e) for c, e in self.known if c.candidates != choice.candidates]
+        self.known.append((choice, error))
+
+    def _untried(self, allowed: float, tried: Sequence[Choice], *, final: bool) -> Choice | None:
         """Return the choice of an allowed damage, or one beside it; None where all are known.
 
-        Between two choices next to each other one weight's step is too much: it is not taken, so that others
-        have their turn.
+        Between two choices next to each other one weight's step is too much: where that is final, it is not
+        taken, so that others have their turn.
         """
-        for _ in range(_HELD):
+        for _ in range(_MOVES):
             choice = self.search.within_damage(allowed)
             if all(choice.candidates != c.candidates for c in tried):
                 return choice
             fitting = min((c for c, e in self.known if e <= self.limit), key=lambda c: c.nbytes, default=None)
-            beyond = [c for c, e in self.known if e > self.limit]
-            if fitting is None or not beyond:
-                return None
+            if fitting is None:
+                allowed /= _APART
+                continue
+            if all(fitting.candidates != c.candidates for c in tried):
+                return fitting
+            beyond = [c for c, e in self.known if e > self.limit and c.nbytes < fitting.nbytes]
+            if not beyond:
+                allowed *= _APART
+                continue
             nearest = max(beyond, key=lambda c: c.nbytes)
-            self.search.hold(c for n, c in fitting.candidates.items() if nearest.candidates[n] != c)
-            self.known = [(c, e) for c, e in self.known if e <= self.limit]
+            apart = [c for n, c in fitting.candidates.items() if nearest.candidates[n] != c]
+            if len(apart) > 1:
+                least = max(allowed, self.search.foreseen(fitting))
+                allowed = (least * max(self.search.foreseen(nearest), least)) ** 0.5
+                continue
+            if not final:
+                break
+            self.search.hold(apart)
+            self.known = [(c, e) for c, e in self.known if c is not nearest]
             allowed = self.next(fitting)
         return None
 
