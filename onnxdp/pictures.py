@@ -256,10 +256,11 @@ def _inside(dy: Array, dx: Array, r: float, corners: int, angle: float, stretch:
     if corners == 4:
         along = np.abs(dx * c + dy * s) < r * stretch * 0.8
         return np.asarray(along & (np.abs(dy * c - dx * s) < r / max(stretch, 1.0) * 0.8))
-    far = s * dy + c * dx
-    for k in range(1, corners):
-        edge = angle + k * math.tau / corners
-        np.maximum(far, math.sin(edge) * dy + math.cos(edge) * dx, out=far)
+    edges = [angle + k * math.tau / corners for k in range(corners)]
+    turns = np.array([[math.sin(e) for e in edges], [math.cos(e) for e in edges]], np.float32)[
+        ..., None, None
+    ]
+    far = (turns[0] * dy + turns[1] * dx).max(axis=0)
     return np.asarray(far < r * (0.6 if corners == 3 else 0.9))
 
 

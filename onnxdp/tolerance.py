@@ -33,8 +33,10 @@ _AIM = 0.93
 _APART = 4.0
 """By how much the next allowed damage differs where all before it lie on one side, and ratios say nothing."""
 
-_MOVES = 12
-"""Times that the allowed damage is moved where it gives a choice whose error is known."""
+_MOVES = 24
+"""Times that the allowed damage is moved where it gives a choice whose error is known ..."""
+_ALIKE = 1.1
+"""... and the ratio of two damages between which nothing else is looked for."""
 
 NARROW_SHARE = 0.1
 """Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
@@ -173,6 +175,7 @@ class _Hunt:
         Between two choices next to each other one weight's step is too much: where that is final, it is not
         taken, so that others have their turn.
         """
+        low, high = 0.0, math.inf  # allowed damages that give what fits, and what does not
         for _ in range(_MOVES):
             choice = self.search.within_damage(allowed)
             if all(choice.candidates != c.candidates for c in tried):
@@ -188,16 +191,20 @@ class _Hunt:
                 allowed *= _APART
                 continue
             nearest = max(beyond, key=lambda c: c.nbytes)
-            apart = [c for n, c in fitting.candidates.items() if nearest.candidates[n] != c]
-            if len(apart) > 1:
-                least = max(allowed, self.search.foreseen(fitting))
-                allowed = (least * max(self.search.foreseen(nearest), least)) ** 0.5
-                continue
-            if not final:
+            if choice.nbytes >= fitting.nbytes:
+                low = max(low, allowed)
+            else:
+                high = min(high, allowed)
+            least = max(low, self.search.foreseen(fitting))
+            most = min(high, self.search.foreseen(nearest))
+            if most > _ALIKE * least:
+                allowed = (least * most) ** 0.5
+            elif final:
+                self.search.hold(c for n, c in fitting.candidates.items() if nearest.candidates[n] != c)
+                self.known = [(c, e) for c, e in self.known if c is not nearest]
+                allowed, low, high = self.next(fitting), 0.0, math.inf
+            else:
                 break
-            self.search.hold(apart)
-            self.known = [(c, e) for c, e in self.known if c is not nearest]
-            allowed = self.next(fitting)
         return None
 
     def next(self, choice: Choice | None = None) -> float:

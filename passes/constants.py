@@ -19,7 +19,7 @@ from onnxdp.weights import constant
 _SMALL = 1024
 """Bytes of a constant below which it is gathered ..."""
 _INDICES = 8_000_000
-"""... and of integers: indices of 64 bits each mostly fit one byte of a varint."""
+"""... and of integers below which they are stored in fewer bytes: 64 bits each mostly fit one byte."""
 _SHORT = 64
 """Numbers that an operator may give to be worked out here."""
 _MOVING = frozenset(
@@ -82,7 +82,9 @@ class GatherConstants(ir.passes.InPlacePass):
         tensor = constant(value)
         if tensor is None or value.is_graph_input() or value.is_graph_output():
             return
-        if tensor.nbytes >= (_INDICES if tensor.dtype in _INTEGERS else _SMALL):
+        if tensor.nbytes >= _SMALL:
+            if tensor.dtype in _INTEGERS and tensor.nbytes < _INDICES and value.producer() is None:
+                self._shortened(value, tensor)
             return
         if tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.STRING:
             return
@@ -90,6 +92,12 @@ class GatherConstants(ir.passes.InPlacePass):
         new = self._kept(model, tensor, held, names)
         value.replace_all_uses_with(new)
         drop(value)
+
+    def _shortened(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+        """Store integers where they are, each in as few bytes as it needs."""
+        brief = briefly(tensor.numpy(), value.name or "")
+        self.saved += max(0, tensor.nbytes - ir.serde.serialize_tensor(brief).ByteSize())
+        value.const_value = brief
 
     def _kept(
         self, model: ir.Model, tensor: ir.TensorProtocol, held: dict[object, ir.Value], names: set[str | None]
@@ -103,7 +111,6 @@ class GatherConstants(ir.passes.InPlacePass):
         names.add(name)
         array = tensor.numpy()
         brief = briefly(array, name) if tensor.dtype in _INTEGERS else _copied(tensor, name)
-        self.saved += max(0, tensor.nbytes - ir.serde.serialize_tensor(brief).ByteSize())
         shape = ir.Shape(tensor.shape.numpy())
         held[key] = ir.Value(name=name, const_value=brief, type=ir.TensorType(tensor.dtype), shape=shape)
         model.graph.register_initializer(held[key])

@@ -96,3 +96,70 @@ def test_where_no_rounding_stays_within_an_error_halves_may(of_halves, left):
     )
     assert choice.candidates["w"].method == left
     assert [c.method for c in encoded] == ([left] if left != "keep" else [])
+
+
+class Stairs:
+    """A search along stairs of bytes, each with the damage that is foreseen and the error that it does."""
+
+    costly = light = False
+
+    def __init__(self, errors, trust):
+        self.errors, self.trust = sorted(errors), trust  # the more bytes, the smaller the error
+        self.encoded = []
+
+    def _choice(self, step):
+        nbytes = 1_000 * (len(self.errors) - step)
+        return Choice(
+            {"w": Candidate("w", "quant", {"step": step}, nbytes, 0.0)}, nbytes, self._foreseen(step)
+        )
+
+    def _foreseen(self, step):
+        return self.trust * self.errors[step] ** 2
+
+    def untouched(self):
+        return Choice({"w": Candidate("w", "keep", {}, 10**6, 0.0)}, 10**6, 0.0)
+
+    def smallest(self):
+        return self._choice(len(self.errors) - 1)
+
+    def free(self):
+        return self.untouched()
+
+    def foreseen(self, choice):
+        return choice.damage
+
+    def within_damage(self, allowed):
+        return self._choice(
+            max((k for k in range(len(self.errors)) if self._foreseen(k) <= allowed), default=0)
+        )
+
+    def hold(self, candidates):
+        least = min(c.params["step"] for c in candidates)
+        self.errors = self.errors[: least + 1]
+
+    def encode(self, choice, *, quick):
+        self.encoded.append(quick)
+        return [choice.candidates["w"]], {}
+
+    def error(self, encoded, shifts):
+        return self.errors[encoded[0].params["step"]]
+
+
+@given(
+    errors=st.sets(st.floats(1e-4, 3.0), min_size=1, max_size=30),
+    trust=st.floats(0.01, 100.0),
+    limit=st.floats(1e-3, 1.0),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_hunt_stays_within_the_error_and_near_it_in_few_encodings(errors, trust, limit):
+    """Foreseen damage is off by a factor that nobody knows; steps may be anything."""
+    search = Stairs(errors, trust)
+    choice, (encoded, _) = within_error_encoded(search, limit, search.encode, search.error)
+    assert sum(search.encoded) <= 4 and len(search.encoded) <= 4 + 8 + 1
+    fitting = [e for e in errors if e <= limit]
+    if choice.candidates["w"].method == "keep":
+        assert not fitting or max(fitting) < 0.1 * limit or len(errors) > 8
+        return
+    reached = sorted(errors)[choice.candidates["w"].params["step"]]
+    assert reached <= limit and encoded == [choice.candidates["w"]]
+    assert reached >= 0.85 * limit or reached == max(fitting) or len(errors) > 8

@@ -446,6 +446,24 @@ def test_paddings_that_exporters_leave_in_the_graph_are_worked_out(opset):
             assert np.array_equal(a, b)
 
 
+def test_indices_of_64_bits_take_as_many_bytes_as_they_need():
+    """Half of gtcrn.onnx are int64 indices up to 32."""
+    places = RNG.integers(0, 100, (1000, 3))
+    wide = RNG.integers(-(2**62), 2**62, 700)
+    proto = model(
+        "y = GatherND(x, places) z = Add(n, wide)",
+        "float[100,100,100] x, int64[700] n",
+        "float[1000] y, int64[700] z",
+        {"places": places, "wide": wide},
+    )
+    after = gathered(proto)
+    assert after.ByteSize() < proto.ByteSize() - 6.9 * places.size
+    assert next(t for t in after.graph.initializer if t.dims == [700]).ByteSize() < 8 * 700 + 40
+    feed = {"x": draw(RNG, 100, 100, 100), "n": np.arange(700)}
+    for a, b in zip(run(proto, feed), run(after, feed), strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_a_constant_that_can_be_fed_or_is_an_output_stays_where_it_is():
     tensors = {"fed": np.array([2, 3]), "other": np.array([2, 3])}
     proto = model(
