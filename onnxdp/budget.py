@@ -39,8 +39,8 @@ KEPT = 0.3
 _LEAST = 10
 """Bytes that a weight's decoding takes at least: a place in a list of where its numbers start."""
 
-_ROUNDS = 4
-"""Times that changes are weighed within the whole where operations are bounded: pairs make up for much."""
+_ROUNDS = {False: 1, True: 4}
+"""Times that changes are weighed within the whole; where operations are bounded, pairs make up for much."""
 
 log = logging.getLogger(__name__)
 
@@ -142,19 +142,12 @@ class Budget:
         return choice
 
     def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
-        """Return the choice made with every change weighed within the whole.
-
-        Where operations are bounded that is done again and again, and the best as a whole is returned.
-        """
+        """Return the choice, or the one made with every change weighed within the whole, if it is better."""
         if not self.search.light:
             return choice
         encoded = encode(choice)
-        if self.search.operations is None:  # another encoding tells the two apart by a few percent at most
-            self.search.reweighed(choice, *encoded)
-            fitting = self._fitting(room)
-            return choice if fitting is None else fitting[0]
         best, damage = choice, self.search.measured(*encoded)[0]
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS[self.search.operations is not None]):
             self.search.reweighed(choice, *encoded)
             fitting = self._fitting(room)
             if fitting is None or fitting[0].candidates in (choice.candidates, best.candidates):

@@ -50,9 +50,10 @@ def test_the_feeds_that_a_chaotic_network_amplifies_are_told_from_the_others():
 def test_where_most_feeds_are_erratic_one_whose_answer_is_the_usual_one_is_no_better():
     def run(feed):
         x = feed["x"]
-        return [np.zeros(3)] if np.abs(x).mean() < 0.4 else [x[0, :3] * 1e4 % 7]
+        return [np.zeros(3)] if np.abs(x).mean() < 0.4 else [x[0, :3] * 1e4 % 7 - 3.5]
 
-    found = erratic(run, [f for i, f in enumerate(feeds(36)) if i % 4 != 1], 0)
+    # a third gives zeros, the others numbers on either side: the median is zero
+    found = erratic(run, [f for i, f in enumerate(feeds(36)) if i % 4 != 0], 0)
     assert found.min() > STEADY
 
 
