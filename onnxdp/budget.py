@@ -22,7 +22,7 @@ from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.planner import Choice, Item, Operations
 from onnxdp.probes import Probes
-from onnxdp.records import Array, Candidate, Encoded
+from onnxdp.records import Candidate, Made
 from onnxdp.result import Rewriter
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
@@ -44,7 +44,7 @@ _ROUNDS = {False: 1, True: 4}
 
 log = logging.getLogger(__name__)
 
-Encode: TypeAlias = Callable[[Choice], tuple[list[Encoded], dict[str, Array]]]
+Encode: TypeAlias = Callable[[Choice], Made]
 
 
 @dataclass(frozen=True, slots=True)

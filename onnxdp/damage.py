@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 
 from onnxdp import planner, stats
@@ -78,6 +78,8 @@ class Search:
     """What a run may cost, where that is asked for."""
     late: Mapping[str, float] = field(default_factory=dict)
     """What weights count for their places: what later layers make up for is not lost."""
+    smaller: frozenset[str] = frozenset()
+    """Weights that some candidate makes smaller, whether it may still be taken or not."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
 
@@ -93,7 +95,8 @@ class Search:
     ) -> Search:
         """Start with no measurement."""
         items, late = workshop.items(), _late(workshop, meter)
-        return cls(workshop, meter, items, overhead, progress, costly=costly, late=late)
+        smaller = frozenset(n for i in items for n, own in i.alone.items() if len(own) > 1 or i.together)
+        return cls(workshop, meter, items, overhead, progress, costly=costly, late=late, smaller=smaller)
 
     @property
     def light(self) -> bool:
@@ -408,43 +411,6 @@ class Search:
         own = {n: options for item in self.items for n, options in item.alone.items()}
         least = {n: min(options[1:] or options, key=lambda c: c.error) for n, options in own.items()}
         return self.together(Choice(least, 0, 0.0))[1]
-
-    def damaged(self, choice: Choice) -> tuple[Candidate, ...]:
-        """Return the candidates with the damage that their curves foresee."""
-        return tuple(
-            c
-            if c.method == planner.KEEP
-            else replace(c, damage=planner.foreseen(c, self.curves), reason=self._why(c))
-            for c in choice.candidates.values()
-        )
-
-    def why_kept(self, name: str) -> str:
-        """Say why a weight stays: what every form says, that none is smaller, or that none was worth it."""
-        weight = self.workshop.weights[name]
-        refusals = [f.supports(weight) for f in self.workshop.forms.values()]
-        if all(refusals):
-            return "; ".join(r for r in refusals if r)
-        (item,) = (i for i in self.items if name in i.names)
-        if len(item.alone[name]) == 1 and not item.together:  # the first is to keep it
-            return "no form of it is smaller"
-        return "nothing smaller was worth its damage"
-
-    def _why(self, chosen: Candidate) -> str:
-        """Say why a weight's form was chosen: what the best other form does in no more bytes."""
-        share = self.workshop.macs(chosen)
-        size, damage = (planner.bytes_of(chosen, self.overhead), planner.foreseen(chosen, self.curves))
-        (own,) = (item.alone[chosen.weight] for item in self.items if chosen.weight in item.names)
-        others = [c for c in own if c.method != chosen.method and self.workshop.macs(c) >= share]
-        small = [c for c in others if planner.bytes_of(c, self.overhead) <= size]
-        lead = f"{share:.2f} of its operations; " if share < 1 else ""
-        if not small:
-            return lead + "no other form is as small"
-        best = min(small, key=lambda c: planner.foreseen(c, self.curves))
-        ratio = planner.foreseen(best, self.curves) / max(damage, 1e-300)
-        if ratio >= 1:
-            alone = "wins on bytes alone: " if share < 1 else ""
-            return f"{lead}{alone}{ratio:.2g} times less damage than {best.method} in as many bytes"
-        return f"{lead}{best.method} in as many bytes does {1 / max(ratio, 1e-300):.2g} times less damage"
 
 
 def _late(workshop: Workshop, meter: Meter | None) -> dict[str, float]:

@@ -67,9 +67,9 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
         if not job.suits(settings):  # it takes other channels out: a network of its own
             own = replace(settings, save_analysis=None)
             job = Job.start(source, own, progress, also=each[number + 1 :])
-        job = job.aimed(settings)
-        job = replace(job, progress=_for_ratio(progress, settings))
+        job = job.aimed(settings, _for_ratio(progress, settings))
         points.append(_point(job, reference))
+        notices = tuple(dict.fromkeys((*notices, *job.notices)))
         for stage, took in job.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + took
     seconds["total"] = time.perf_counter() - started

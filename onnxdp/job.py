@@ -9,17 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onnxdp import analysis as analyses
-from onnxdp import arrays, guard, planner, preparation, runtime, stats, weights
+from onnxdp import arrays, guard, preparation, reasons, runtime, stats, weights
 from onnxdp import budget as budgets
 from onnxdp import model as model_file
 from onnxdp.analysis import Analysis
 from onnxdp.budget import Budget
-from onnxdp.damage import REWEIGHED, Search
+from onnxdp.damage import Search
+from onnxdp.encoder import Encoder
 from onnxdp.encoding import Workshop
 from onnxdp.errors import PlanError, TargetError
 from onnxdp.meter import Meter
@@ -31,12 +31,11 @@ from onnxdp.planner import Choice, Operations
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped
 from onnxdp.records import (
-    Array,
     Candidate,
     Encoded,
     File,
-    Kept,
     Macs,
+    Made,
     Named,
     Plan,
     Pruned,
@@ -44,7 +43,6 @@ from onnxdp.records import (
     Verification,
     to_plain,
 )
-from onnxdp.refine import KEPT, Original, refine
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
 from onnxdp.settings import CALIBRATION, Progress, Settings
 from onnxdp.thinning import Effect, Thinner
@@ -53,9 +51,6 @@ from onnxdp.weights import Found
 
 FIT_SHARE = 0.75
 """Share of the probes that weights are fitted on; damage is measured on the others."""
-
-REFIT_FROM = 0.05
-"""Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
 ALIKE = 0.01
 """How far outputs have to be apart, over their size, for errors measured on them to tell what weights do."""
@@ -68,9 +63,6 @@ HUNTED = 100_000_000
 
 A choice is encoded and measured as a whole many times then, and that corrects what was foreseen.
 """
-
-MANY = 96
-"""Samples from which every other feed is enough for arrays that are only measured."""
 
 TABLES_SINCE = 10
 """Operator set from which words that name entries of a table are taken apart: Mod is that old."""
@@ -119,14 +111,13 @@ class Job:
     dropped: Dropped
     whole: Found
     """The original's weights."""
+    encoder: Encoder
     rewriter: Rewriter
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
-    _encoded: tuple[list[Encoded], dict[str, Array]] | None = None
+    _encoded: Made | None = None
     _meter: Meter | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
-    _originals: dict[bool, Original] = field(default_factory=dict)
-    """Whether quick -> what is kept of the network as it was."""
 
     @classmethod
     def start(
@@ -217,6 +208,7 @@ class Job:
             thinner,
             dropped,
             whole,
+            Encoder(workshop, network, fit, settings, progress),
             Rewriter(model, found, workshop, settings),
             seconds,
             started,
@@ -258,7 +250,7 @@ class Job:
         bits = budgets.bits_left(self.original, self.whole, self.whole, settings)
         return self.thinner.choose(settings, bits) == self.dropped
 
-    def aimed(self, settings: Settings) -> Job:
+    def aimed(self, settings: Settings, progress: Progress) -> Job:
         """Return the job turned to another target, one of those it was started for.
 
         What was read, probed, solved and measured is shared; the job itself is not to be asked any more.
@@ -267,41 +259,20 @@ class Job:
         return replace(
             self,
             settings=settings,
+            progress=progress,
             notices=list(self.notices),
             seconds={},
             started=time.perf_counter(),
             _encoded=None,
+            encoder=replace(self.encoder, settings=settings, progress=progress),
             rewriter=replace(self.rewriter, settings=settings, narrowed=True),
         )
 
     @property
     def costly(self) -> bool:
         """Whether runs of the network take so long that fewer measurements have to do."""
-        hunted = self.settings.error_target is not None and self._sequential
+        hunted = self.settings.error_target is not None and self.encoder.sequential
         return stats.macs(self.found.weights) > (HUNTED if hunted else preparation.COSTLY)
-
-    @property
-    def _sequential(self) -> bool:
-        """Whether weights are encoded one after the other in the compressed network, whatever is chosen."""
-        return self.workshop.sequential and self.settings.refit is not False
-
-    def _one_by_one(self, choice: Choice, *, quick: bool = False) -> tuple[list[Encoded], dict[str, Array]]:
-        return self._refined(list(choice.candidates.values()), quick=quick)
-
-    def _refined(
-        self, choices: Sequence[Candidate], *, quick: bool = False
-    ) -> tuple[list[Encoded], dict[str, Array]]:
-        probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
-        if not quick:
-            self._originals.pop(True, None)  # there is no way back
-        if quick not in self._originals:
-            again = quick or self.settings.error_target is not None
-            small = stats.macs(self.found.weights) <= REWEIGHED
-            self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
-        original = self._originals[quick]
-        return refine(
-            self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original
-        )
 
     def plan(self) -> Plan:
         """Choose."""
@@ -315,13 +286,13 @@ class Job:
                 budgets.require_reach(operations, search, self.settings)
             reached = budgets.least_bytes(search, self.rewriter)
             if budget is not None:
-                quickly = partial(self._one_by_one, quick=True) if self._sequential else None
+                quickly = self.encoder.quickly if self.encoder.sequential else None
                 choice = Budget(budget, search, self.rewriter, quickly).choose(reached)
-            elif limit is not None and self._sequential:
+            elif limit is not None and self.encoder.sequential:
                 choice, self._encoded = within_error_encoded(
                     search,
                     limit,
-                    self._one_by_one,
+                    self.encoder.one_by_one,
                     file_error(search, limit, self.rewriter, self.original, self.held_out),
                 )
             elif limit is not None:
@@ -333,22 +304,19 @@ class Job:
                 search.meter.rest()
             arrays.trim()
         with _clock(self.seconds, "refitting"):
-            refit = self._refitted(search, choice)
+            refit = True
+            if self._encoded is None:
+                self._encoded, refit = self.encoder.best(search, choice, costly=self.costly)
             if budget is not None:
                 within = Budget(budget, search, self.rewriter, None)
                 choice, refit = self._kept_within(within, choice, refit=refit, reached=reached)
-        candidates = [c for c in search.damaged(choice) if c.method != planner.KEEP]
-        named = {c.weight for c in candidates}
-        kept = [
-            Kept(w.name, search.why_kept(w.name), w.nbytes) for w in self.found.weights if w.name not in named
-        ]
         return Plan(
             self.model.sha256,
             self.settings.target,
             budget,
             carried(self.settings) | {"refit": refit},
-            tuple(candidates),
-            (*kept, *self.found.kept),
+            reasons.chosen(search, choice),
+            (*reasons.kept(search, choice), *self.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
         )
 
@@ -379,8 +347,7 @@ class Job:
             missed += over
             log.info("the file is %d bytes beyond the budget: choosing again", over)
             choice = replace(within, nbytes=within.nbytes - missed).closest(reached)
-            self._encoded = None
-            refit = self._refitted(within.search, choice)
+            self._encoded, refit = self.encoder.best(within.search, choice, costly=self.costly)
         return choice, refit
 
     def _operations(self) -> Operations | None:
@@ -470,39 +437,10 @@ class Job:
     def built(self, made: Plan) -> tuple[Model, list[Encoded]]:
         """Encode and rewrite; returns the result and its weights."""
         with _clock(self.seconds, "encoding"):
-            encoded, shifts = self._encoded or self._encode(
+            encoded, shifts = self._encoded or self.encoder.encoded(
                 made.choices, refit=bool(made.settings.get("refit"))
             )
             return self.rewriter.rewritten(encoded, shifts), encoded
-
-    def _refitted(self, search: Search, choice: Choice) -> bool:
-        """Encode the choice, refitted where asked for or where that helps; return whether it was."""
-        candidates = list(choice.candidates.values())
-        if self._sequential:
-            self._encoded = self._encoded or self._one_by_one(choice)
-            return True
-        self._encoded = self._encode(candidates, refit=False)
-        if self.settings.refit is False or (self.settings.refit is None and self.settings.unweighted):
-            return False
-        before, error = search.measured(*self._encoded)
-        if self.settings.refit is None and (error < REFIT_FROM or self.costly or search.meter is None):
-            return False
-        refitted = self._encode(candidates, refit=True)
-        after, _ = search.measured(*refitted)
-        log.info("damage %.4g, refitted %.4g", before, after)
-        if self.settings.refit is None and after >= before:
-            return False
-        self._encoded = refitted
-        return True
-
-    def _encode(
-        self, candidates: Sequence[Candidate], *, refit: bool
-    ) -> tuple[list[Encoded], dict[str, Array]]:
-        """Return the arrays of the candidates, and what the biases behind them gain."""
-        if refit:
-            return self._refined(candidates)
-        encoded = self.workshop.encode(candidates)
-        return encoded, self.workshop.shifts(encoded)
 
 
 def carried(settings: Settings) -> dict[str, Any]:

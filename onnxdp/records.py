@@ -220,6 +220,10 @@ class Encoded:
         return sum(a.nbytes for a in self.arrays.values())
 
 
+Made: TypeAlias = tuple[list[Encoded], dict[str, Array]]
+"""The arrays of a choice, and what the bias behind each weight gains, (outputs,)."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
     """How one output of B differs from A's.

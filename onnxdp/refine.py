@@ -26,7 +26,7 @@ from onnxdp.network import Changes, Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import KEEP
 from onnxdp.probes import Probes
-from onnxdp.records import Array, Candidate, Encoded, Weight
+from onnxdp.records import Array, Candidate, Encoded, Made, Weight
 from onnxdp.settings import Progress
 
 ALPHA = 1.0
@@ -50,7 +50,7 @@ def refine(
     *,
     quick: bool = False,
     original: Original | None = None,
-) -> tuple[list[Encoded], dict[str, Array]]:
+) -> Made:
     """Encode the choices one after the other, each on the compressed network's own activations.
 
     Parameters

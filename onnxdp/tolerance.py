@@ -19,7 +19,7 @@ from onnxdp.errors import TargetError
 from onnxdp.model import Model
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
-from onnxdp.records import Array, Encoded
+from onnxdp.records import Array, Encoded, Made
 from onnxdp.result import LARGE, Rewriter
 
 _TIMES = {False: (4, 8), True: (2, 4)}
@@ -42,9 +42,6 @@ NARROW_SHARE = 0.1
 """Share of the allowed output error that small vectors in float16 may take: they save a percent or two."""
 
 log = logging.getLogger(__name__)
-
-Made: TypeAlias = tuple[list[Encoded], dict[str, Array]]
-"""The arrays of a choice, and what biases gain."""
 
 Measure: TypeAlias = Callable[[list[Encoded], dict[str, Array]], float]
 """Gives the relative output error of encoded weights and of what biases gain."""

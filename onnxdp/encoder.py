@@ -1,0 +1,88 @@
+"""The arrays of a choice: all at once, or one weight after the other in the compressed network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from onnxdp import stats
+from onnxdp.damage import REWEIGHED, Search
+from onnxdp.encoding import Workshop
+from onnxdp.network import Network
+from onnxdp.planner import Choice
+from onnxdp.probes import Probes
+from onnxdp.records import Candidate, Made
+from onnxdp.refine import KEPT, Original, refine
+from onnxdp.settings import Progress, Settings
+
+REFIT_FROM = 0.05
+"""Relative output error from which refitting is tried: below, there is little for later layers to repair."""
+
+MANY = 96
+"""Samples from which every other feed is enough for arrays that are only measured."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Encoder:
+    """Makes the arrays of choices of one model."""
+
+    workshop: Workshop
+    network: Network
+    fit: Probes
+    settings: Settings
+    progress: Progress
+    _originals: dict[bool, Original] = field(default_factory=dict)
+    """Whether quick -> what is kept of the network as it was."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether weights are encoded one after the other in the compressed network, whatever is chosen."""
+        return self.workshop.sequential and self.settings.refit is not False
+
+    def one_by_one(self, choice: Choice, *, quick: bool = False) -> Made:
+        """Encode each weight on what the compressed network feeds it; quickly, if that is to be measured."""
+        return self._refined(list(choice.candidates.values()), quick=quick)
+
+    def quickly(self, choice: Choice) -> Made:
+        """Encode as :meth:`one_by_one`, to be measured only."""
+        return self.one_by_one(choice, quick=True)
+
+    def encoded(self, candidates: Sequence[Candidate], *, refit: bool) -> Made:
+        """Return the arrays of the candidates, and what the biases behind them gain."""
+        if refit:
+            return self._refined(candidates)
+        encoded = self.workshop.encode(candidates)
+        return encoded, self.workshop.shifts(encoded)
+
+    def best(self, search: Search, choice: Choice, *, costly: bool) -> tuple[Made, bool]:
+        """Encode a choice, refitted where asked for or where that helps; also return whether it was."""
+        if self.sequential:
+            return self.one_by_one(choice), True
+        candidates = list(choice.candidates.values())
+        plain = self.encoded(candidates, refit=False)
+        refit = self.settings.refit
+        if refit is False or (refit is None and self.settings.unweighted):
+            return plain, False
+        before, error = search.measured(*plain)
+        if refit is None and (error < REFIT_FROM or costly or search.meter is None):
+            return plain, False
+        refitted = self.encoded(candidates, refit=True)
+        after, _ = search.measured(*refitted)
+        log.info("damage %.4g, refitted %.4g", before, after)
+        return (refitted, True) if refit or after < before else (plain, False)
+
+    def _refined(self, choices: Sequence[Candidate], *, quick: bool = False) -> Made:
+        probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
+        if not quick:
+            self._originals.pop(True, None)  # there is no way back
+        if quick not in self._originals:
+            again = quick or self.settings.error_target is not None
+            small = stats.macs(self.workshop.found.weights) <= REWEIGHED
+            self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
+        original = self._originals[quick]
+        return refine(
+            self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original
+        )
