@@ -25,8 +25,8 @@ from onnxdp.result import LARGE, Rewriter
 _TIMES = {False: (4, 8), True: (2, 4)}
 """Times that a choice is encoded on the way to an error, quickly and as the file will have it; if costly."""
 
-_NEARLY = 0.85
-"""Share of the allowed error from which a choice is good enough ..."""
+_NEARLY = {False: 0.85, True: 0.7}
+"""Share of the allowed error from which a choice is good enough, where the network is costly: half a bit ..."""
 _AIM = 0.93
 """... and the one that the next aims at."""
 
@@ -136,6 +136,10 @@ class _Hunt:
     known: list[tuple[Choice, float]] = field(default_factory=list)
     """Choices and their errors, the latest last."""
 
+    @property
+    def _nearly(self) -> float:
+        return _NEARLY[self.search.costly] * self.limit
+
     def near(self, allowed: float, times: int, *, quick: bool) -> tuple[Choice, Made] | None:
         """Return the smallest choice that stays within the limit, of so many that are encoded."""
         least = self.search.smallest().candidates
@@ -154,7 +158,7 @@ class _Hunt:
                 best = choice, made
             self._learn(choice, error)
             weighed = quick and number == 0 and self.search.light and self.search.reweighed(choice, *made)
-            if fits and not weighed and (error >= _NEARLY * self.limit or choice.candidates == least):
+            if fits and not weighed and (error >= self._nearly or choice.candidates == least):
                 break
             allowed = self.next()
         return best
@@ -214,7 +218,7 @@ class _Hunt:
             if choice is None
             else next((d, e) for (d, e), (c, _) in zip(damages, self.known, strict=True) if c is choice)
         )
-        if choice is None and _NEARLY * self.limit <= error <= self.limit:
+        if choice is None and self._nearly <= error <= self.limit:
             return damage
         aim = damage * (_AIM * self.limit / max(error, 1e-3 * self.limit)) ** 2
         if not low < aim < high:
