@@ -26,7 +26,7 @@ _TIMES = {False: (4, 8), True: (2, 4)}
 """Times that a choice is encoded on the way to an error, quickly and as the file will have it; if costly."""
 
 _NEARLY = {False: 0.85, True: 0.7}
-"""Share of the allowed error from which a choice is good enough, where the network is costly: half a bit ..."""
+"""Share of the allowed error from which a choice is good enough (half a bit where the network is costly) ..."""
 _AIM = 0.93
 """... and the one that the next aims at."""
 
