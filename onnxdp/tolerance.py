@@ -26,7 +26,7 @@ _TIMES = {False: (4, 8), True: (2, 4)}
 """Times that a choice is encoded on the way to an error, quickly and as the file will have it; if costly."""
 
 _NEARLY = {False: 0.85, True: 0.7}
-"""Share of the allowed error from which a choice is good enough (half a bit where the network is costly) ..."""
+"""Share of the allowed error from which a choice is good enough (to half a bit where it is costly) ..."""
 _AIM = 0.93
 """... and the one that the next aims at."""
 
@@ -166,7 +166,7 @@ class _Hunt:
     def _learn(self, choice: Choice, error: float) -> None:
         """Note an error; what care gains for one choice, made quickly before, it will for the others."""
         before = next((e for c, e in self.known if c.candidates == choice.candidates), 0.0)
-        gain = error / before if before else 1.0
+        gain = error / before if 0 < before < math.inf and math.isfinite(error) else 1.0
         self.known = [(c, gain * e) for c, e in self.known if c.candidates != choice.candidates]
         self.known.append((choice, error))
 
