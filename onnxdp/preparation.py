@@ -15,7 +15,7 @@ from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.passes import FoldNormalisation, FreezeInitializers, ReplaceWeights
 from onnxdp.probes import InputSpec, Probes
-from onnxdp.records import Array
+from onnxdp.records import Array, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
 
@@ -31,7 +31,9 @@ FED = 32_000_000
 _FEW = (3e10, 24, 768)
 """Multiply-accumulates to spend on one pass over the probes, least and most of them ..."""
 _MANY = (2.4e11, 128, 384)
-"""... and where every weight is rounded on what they show it."""
+"""... and where every weight is rounded on what they show it ..."""
+_DENSE, _TIMES = 96, 4
+"""... but no more than this, or so many times what gives all weights their rows: sound has many places."""
 
 
 def prepare(model: Model, settings: Settings) -> list[str]:
@@ -62,7 +64,8 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     found = counted(found, stats.positions(network, found, first.feeds[0], first.batch))
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
-    usual = int(np.clip(work / max(macs, 1), least, most)) // 8 * 8
+    most = min(most, max(_DENSE, _TIMES * max(_needed(w) for w in found.weights)))
+    usual = int(np.clip(work / max(macs, 1), min(least, most), most)) // 8 * 8
     widest = max((4 * w.positions * w.groups * w.outputs for w in found.weights), default=0)
     batch = min(probes.BATCH, max(1, FED // max(widest, 1)))
     asked, steady = macs <= COSTLY, macs <= STEADY
@@ -71,6 +74,11 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     )
     made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
+
+
+def _needed(weight: Weight) -> int:
+    """Return the samples that give the rows a weight is fitted on."""
+    return -(-stats.rows_wanted(weight) // max(weight.positions, 1))
 
 
 def folded(model: Model, found: Found) -> tuple[Model, Found, int]:
