@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from onnxdp import planner, stats
@@ -118,31 +118,27 @@ class Search:
         TargetError
             Not even the smallest candidates fit.
         """
-        if not self._scanned:
-            self.scan()
-            self._scanned = True
-        choice = self._choose(budget)
-        for number in range(ROUNDS):
-            if not self._measure(choice, number):
-                break
-            choice = self._choose(budget)
-        return choice
+        return self._settle(lambda: self._choose(budget))
 
     def within_damage(self, allowed: float) -> Choice:
         """Return the smallest choice whose foreseen damage is allowed, measured where it falls."""
+        return self._settle(lambda: self._smallest_within(allowed))
+
+    def _settle(self, choose: Callable[[], Choice]) -> Choice:
+        """Choose, measure where the choice falls, and choose again, until it rests on measurements."""
         if not self._scanned:
             self.scan()
             self._scanned = True
-        choice = self._smallest_within(allowed)
+        choice = choose()
         for number in range(ROUNDS):
             if not self._measure(choice, number):
                 break
-            choice = self._smallest_within(allowed)
+            choice = choose()
         return choice
 
     def foreseen(self, choice: Choice) -> float:
-        """Return the damage that a choice does by what is known now."""
-        return float(planner.damages(list(choice.candidates.values()), self.curves).sum())
+        """Return the damage that a choice does by what is known now, rounded up: allowed, it comes again."""
+        return (1 + 1e-9) * float(planner.damages(list(choice.candidates.values()), self.curves).sum())
 
     def _smallest_within(self, allowed: float) -> Choice:
         low, high = _PRICES
@@ -384,9 +380,18 @@ class Search:
     def hold(self, candidates: Iterable[Candidate]) -> None:
         """Leave no candidate that is smaller than these, of their weights alone."""
         held = {c.weight: c.nbytes for c in candidates}
-        for item in self.items:
-            for name in set(item.names) & set(held):
-                item.alone[name] = tuple(c for c in item.alone[name] if c.nbytes >= held[name])
+        self.items = [
+            replace(
+                i,
+                alone={n: tuple(c for c in own if c.nbytes >= held.get(n, 0)) for n, own in i.alone.items()},
+            )
+            for i in self.items
+        ]
+
+    def light_enough(self, choice: Choice) -> bool:
+        """Whether a run of the choice costs no more than is asked for."""
+        found = self.operations
+        return found is None or found.after(choice.candidates.values()) <= found.budget
 
     def free(self) -> Choice:
         """Return the choice of the smallest errors that save bytes (or none): not worth a measurement."""

@@ -58,6 +58,8 @@ class Workshop:
         What the target leaves each number, on average.
     also : tuple of float
         What further targets leave, to which :meth:`aim` turns.
+    opset : int
+        Of the model.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Workshop:
         device: str,
         bits: float = 16.0,
         also: tuple[float, ...] = (),
+        opset: int = 17,
     ) -> None:
         self.found = found
         self.forms = {f.name: f for f in forms}
@@ -77,6 +80,7 @@ class Workshop:
         self._device = device
         self._bits = bits
         self._also = also
+        self._opset = opset
         self._source: tuple[Network, Probes] | None = None
         self._keep_samples = settings.solver == "dpl"
         self._solved: dict[tuple[str, Group], Solved] = {}
@@ -363,7 +367,16 @@ class Workshop:
         splittable = len(readers) == 1 and readers[0].direct and inside
         samples = seen.samples if seen and not self._settings.unweighted else None
         even = splittable and weights.even(readers[0].node, weight)
-        return Task(weight, tensor, samples, splittable, self._bits, even=even, also=self._also)
+        return Task(
+            weight,
+            tensor,
+            samples,
+            splittable,
+            self._bits,
+            even=even,
+            also=self._also,
+            opset=self._opset,
+        )
 
     def _task_kept(self, name: str) -> Task:
         """Return the task with the samples that were kept, if any."""

@@ -186,7 +186,8 @@ class Job:
                 network = Network(model, found) if folded else network
         bits, *more = (budgets.bits_left(original, whole, found, s) for s in (settings, *also))
         more += analyses.BITS if settings.save_analysis is not None else ()
-        workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more))
+        opset = model.ir.opset_imports.get("", 1)
+        workshop = Workshop(found, forms, settings, device=device, bits=bits, also=tuple(more), opset=opset)
         if known is not None and not known.is_of(dropped):
             known = None  # what it solved and measured is of other weights
         with _clock(seconds, "solving"):
@@ -365,7 +366,8 @@ class Job:
     def _measuring(self) -> Meter:
         """Return what measures damage, made once for all targets."""
         if self._meter is None:
-            few = self.costly and self.held_out.samples >= 8
+            costly = stats.macs(self.found.weights) > preparation.COSTLY
+            few = costly and self.held_out.samples >= 8
             self._meter = Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
         return self._meter
 

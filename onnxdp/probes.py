@@ -39,6 +39,8 @@ __all__ = ["BATCH", "POOL", "InputSpec", "Probes", "divisor", "gathered", "load"
 BATCH = 32
 POOL = 2
 """Probes drawn for each that is kept, where the network's own answers choose."""
+_ASKED = 48
+"""Probes that tell whether a network is steady about signals."""
 _UNMOVED = 1.3
 """Diversity of the answers below which a network is taken to be hardly moved by standardised pictures."""
 
@@ -211,7 +213,7 @@ def make(
         ``misfit`` says better, or, without it, ``answers`` hardly move.
 
     responses : callable, optional
-        Runs the network. Signals are then those that it answers steadily
+        Runs the network. Where it is erratic about most signals, those are taken that it answers steadily
         (:func:`onnxdp.steadiness.erratic`), as far as there are enough, whatever their classes.
 
     Returns
@@ -241,11 +243,15 @@ def make(
         few, known = range(0, min(TRIED, total), size), misfit
         chosen = by_statistics(lambda r: known([feed(np.arange(k, k + size), r) for k in few]))
     many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
+    units = np.arange(many).reshape(-1, 1 if plan.dynamic else size)
+    steady = None
     if responses is not None and main == "other":
-        unit = 1 if plan.dynamic else size
-        drawn_from = np.arange(many).reshape(-1, unit)
-        worst = erratic(responses, (feed(some, chosen) for some in drawn_from), seed)
-        order = drawn_from[np.sort(np.argsort(worst, stable=True)[: total // unit])].reshape(-1)
+        asked_of = responses
+        steady = _steadiest(
+            lambda some: erratic(asked_of, (feed(u, chosen) for u in some), seed), units, total
+        )
+    if steady is not None:
+        order = steady
     elif answers is not None and plan.axes[plan.primary] is not None:
         asked = answers
 
@@ -263,6 +269,14 @@ def make(
     made = tuple(feed(order[k : k + size], chosen) for k in range(0, total, size))
     kinds = {"image": "dead leaves", "ids": "random ids"}
     return Probes(made, total, seed, kinds.get(main, "random numbers"), plan.axes, plan.dynamic)
+
+
+def _steadiest(erratic_about: Callable[[Array], Array], units: Array, total: int) -> Array | None:
+    """Choose ``total`` samples of the rows of ``units``; None where the first few say that all are steady."""
+    if not erratic_about(units[:_ASKED]).any():
+        return None
+    worst = erratic_about(units)
+    return units[np.sort(np.argsort(worst, stable=True)[: total // units.shape[1]])].reshape(-1)
 
 
 def load(path: Path, specs: Sequence[InputSpec]) -> Probes:

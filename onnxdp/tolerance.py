@@ -113,15 +113,17 @@ def within_error_encoded(
         Where none that was tried stays within the limit, what is free; where even that does not, the choice
         that changes nothing.
     """
-    nothing = search.untouched()
+    nothing, items = search.untouched(), search.items
     quick, full = _TIMES[search.costly]
     hunt = _Hunt(search, limit, encode, measure)
     hunt.near(limit**2, quick, quick=True)
     best = hunt.near(hunt.next(), full, quick=False)
+    search.items = items  # what was held back is asked about again
     if best is None:  # errors that hardly fall with the damage allowed
         free = search.free()
-        encoded = encode(free, quick=False)
-        best = (free, encoded) if free.nbytes < nothing.nbytes and measure(*encoded) <= limit else None
+        if free.nbytes < nothing.nbytes and search.light_enough(free):
+            encoded = encode(free, quick=False)
+            best = (free, encoded) if measure(*encoded) <= limit else None
     return best or (nothing, ([], {}))
 
 
@@ -152,22 +154,27 @@ class _Hunt:
             made = self.encode(choice, quick=quick)
             error = self.measure(*made)
             log.info("allowed damage %.3g: %d bytes, output error %.4g", allowed, choice.nbytes, error)
-            tried.append(choice)
             fits = error <= self.limit
             if fits and (best is None or choice.nbytes < best[0].nbytes):
                 best = choice, made
-            self._learn(choice, error)
+            self._learn(choice, error, tried)
+            tried.append(choice)
             weighed = quick and number == 0 and self.search.light and self.search.reweighed(choice, *made)
             if fits and not weighed and (error >= self._nearly or choice.candidates == least):
                 break
             allowed = self.next()
         return best
 
-    def _learn(self, choice: Choice, error: float) -> None:
-        """Note an error; what care gains for one choice, made quickly before, it will for the others."""
+    def _learn(self, choice: Choice, error: float, tried: Sequence[Choice]) -> None:
+        """Note an error; what care gains for one choice, made quickly before, it will for those not tried."""
         before = next((e for c, e in self.known if c.candidates == choice.candidates), 0.0)
         gain = error / before if 0 < before < math.inf and math.isfinite(error) else 1.0
-        self.known = [(c, gain * e) for c, e in self.known if c.candidates != choice.candidates]
+        sure = [c.candidates for c in tried]
+        self.known = [
+            (c, e if c.candidates in sure else gain * e)
+            for c, e in self.known
+            if c.candidates != choice.candidates
+        ]
         self.known.append((choice, error))
 
     def _untried(self, allowed: float, tried: Sequence[Choice], *, final: bool) -> Choice | None:
@@ -181,6 +188,8 @@ class _Hunt:
             choice = self.search.within_damage(allowed)
             if all(choice.candidates != c.candidates for c in tried):
                 return choice
+            if choice.damage > allowed:  # the mildest there is
+                break
             fitting = min((c for c, e in self.known if e <= self.limit), key=lambda c: c.nbytes, default=None)
             if fitting is None:
                 allowed /= _APART
@@ -222,7 +231,10 @@ class _Hunt:
             return damage
         aim = damage * (_AIM * self.limit / max(error, 1e-3 * self.limit)) ** 2
         if not low < aim < high:
-            aim = high / _APART if low == 0 else low * _APART if math.isinf(high) else (low * high) ** 0.5
+            if math.isinf(high):
+                aim = _APART * (low or self.limit**2)
+            else:
+                aim = high / _APART if low == 0 else (low * high) ** 0.5
         return aim
 
 

@@ -74,7 +74,7 @@ class GatherConstants(ir.passes.InPlacePass):
         for value in [v for v in held.values() if not v.uses()]:  # what was only worked with
             self.saved += 15
             drop(value)
-        return ir.passes.PassResult(model, modified=bool(held))
+        return ir.passes.PassResult(model, modified=bool(held) or self.saved > 0)
 
     def _gather(
         self, model: ir.Model, value: ir.Value, held: dict[object, ir.Value], names: set[str | None]

@@ -64,6 +64,10 @@ class Restless:
     """A search whose outputs are far off as soon as anything is rounded, whatever damage was foreseen."""
 
     costly = light = False
+    items = ()
+
+    def light_enough(self, choice):
+        return True
 
     def _choice(self, method, nbytes, damage=0.0):
         return Choice({"w": Candidate("w", method, {}, nbytes, 0.0)}, nbytes, damage)
@@ -102,6 +106,11 @@ class Stairs:
     """A search along stairs of bytes, each with the damage that is foreseen and the error that it does."""
 
     costly = light = False
+
+    items = ()
+
+    def light_enough(self, choice):
+        return True
 
     def __init__(self, errors, trust):
         self.errors, self.trust = sorted(errors), trust  # the more bytes, the smaller the error

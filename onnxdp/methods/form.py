@@ -55,6 +55,8 @@ class Task:
     """Whether the reader is a Conv with as many output as input positions along every axis."""
     also: tuple[float, ...] = ()
     """What further targets leave, that the same solution is to serve (:class:`Aimed`)."""
+    opset: int = 17
+    """Of the model: what may decode the weight's new form."""
 
 
 class Solved(Protocol):

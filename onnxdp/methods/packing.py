@@ -231,9 +231,8 @@ def _head(build: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
 def _table(build: Builder, levels: int, digits: int) -> ir.Value:
     """Draw the table of all words of so many digits, (L^digits, digits), once for all weights."""
     outer = build.outer
-    if digits == 1 and is_wide(levels):
-        turned = outer.once(f"column {levels}", lambda: outer.reshape(grid(build, levels), [-1, 1], "x1"))
-        return turned
+    if is_wide(levels):  # more digits than one would be too many rows
+        return outer.once(f"column {levels}", lambda: outer.reshape(grid(build, levels), [-1, 1], "x1"))
     form = _generated if _generates(levels, digits, build.opset) else _stored
     return outer.once(f"table {levels} {digits}", lambda: form(outer, levels, digits))
 

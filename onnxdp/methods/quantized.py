@@ -53,6 +53,9 @@ _SLOPES = (-1.0, -0.5)
 _APART = 0.8
 """Bits by which a table's may differ from those that the target leaves each number."""
 
+_TAKEN_APART = 10
+"""Operator set from which words of 32 bits are taken apart: Mod is that old, and 1625 levels need it."""
+
 OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
 
@@ -258,6 +261,7 @@ class _Roundings:
     def __init__(self, task: Task, device: str, *, tables: bool, kept: Sequence[Encoded] = ()) -> None:
         self._weight = task.weight
         self._device = device
+        self._opset = task.opset
         self._tables = tables
         self._made = {Alphabet.of(e.params): e for e in kept}
         self._steps, self._vectors = self._scan(task.bits)
@@ -288,7 +292,8 @@ class _Roundings:
         """
         steps = np.log([a.levels for a in self._steps])
         errors = np.log([max(self._made[a].error, 1e-12) for a in self._steps])
-        found = [self._candidate(Alphabet(n), float(np.exp(along(np.log(n), steps, errors)))) for n in LEVELS]
+        levels = [n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n)]
+        found = [self._candidate(Alphabet(n), float(np.exp(along(np.log(n), steps, errors)))) for n in levels]
         for tried in self._vectors:
             like = (a for a in _tables(self._weight) if a.dim == tried.dim)
             rate = self._made[tried].error / coarseness(tried) ** 0.5
