@@ -212,6 +212,12 @@ def require_gain(choice: Choice, search: Search, rewriter: Rewriter) -> None:
             f"Nothing to gain: the target ({settings.target}) lets the file stay as it is, "
             f"{nbytes:,} bytes; ask for a smaller one."
         )
+    if search.operations is not None:
+        raise TargetError(
+            f"Nothing that was tried runs in {search.operations.budget:,} multiply-accumulates (macs "
+            f"{settings.macs:g}) within an output error of {limit:g}; allow more with --max-error, or ask "
+            "for less with --macs."
+        )
     raise TargetError(
         f"Nothing to gain within an output error of {limit:g}: changing every weight as little as can be "
         f"gives {search.mildest():.2g}; allow more with --max-error, or give --ratio."

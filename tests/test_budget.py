@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
+import onnxdp
 from onnxdp.budget import NEAR, Budget
+from onnxdp.errors import TargetError
 from onnxdp.planner import Choice
 from onnxdp.records import Candidate
 from onnxdp.tolerance import within_error_encoded
@@ -172,3 +177,37 @@ def test_a_hunt_stays_within_the_error_and_near_it_in_few_encodings(errors, trus
     reached = sorted(errors)[choice.candidates["w"].params["step"]]
     assert reached <= limit and encoded == [choice.candidates["w"]]
     assert reached >= 0.85 * limit or reached == max(fitting) or len(errors) > 8
+
+
+def layers(opset=17, sizes=(64, 96, 80, 10)):
+    """Three products with Relu between them."""
+    rng = np.random.default_rng(0)
+    held, nodes, name = [], [], "x"
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        held.append(
+            numpy_helper.from_array((rng.standard_normal((a, b)) / a**0.5).astype(np.float32), f"w{i}")
+        )
+        last = i == len(sizes) - 2
+        nodes.append(helper.make_node("MatMul", [name, f"w{i}"], ["y" if last else f"m{i}"]))
+        name = f"r{i}"
+        nodes += [] if last else [helper.make_node("Relu", [f"m{i}"], [name])]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", d]) for n, d in (("x", 64), ("y", 10))]
+    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+
+
+@pytest.mark.parametrize(("opset", "offered"), [(9, False), (10, True), (17, True)])
+def test_levels_that_an_operator_set_cannot_take_apart_are_not_taken(opset, offered):
+    """Below opset 10 one number of 1625 levels takes 16 bits, as float16 does."""
+    plan = onnxdp.plan(layers(opset), max_error=0.001)
+    assert (1625 in {c.params.get("levels") for c in plan.choices}) == offered
+
+
+def test_an_error_out_of_reach_names_what_the_mildest_change_gives():
+    with pytest.raises(TargetError, match=r"as little as can be gives 0\.000\d+;"):
+        onnxdp.compress(layers(), max_error=1e-4)
+
+
+def test_a_hunt_keeps_the_operations_that_are_asked_for():
+    with pytest.raises(TargetError, match="multiply-accumulates"):
+        onnxdp.compress(layers(), max_error=0.05, macs=1.5)
