@@ -230,6 +230,8 @@ class _Hunt:
         if choice is None and self._nearly <= error <= self.limit:
             return damage
         aim = damage * (_AIM * self.limit / max(error, 1e-3 * self.limit)) ** 2
+        if low == 0:  # errors may hardly fall with damage: strides get longer
+            aim = min(aim, high / _APART ** (len(damages) - 1))
         if not low < aim < high:
             if math.isinf(high):
                 aim = _APART * (low or self.limit**2)
