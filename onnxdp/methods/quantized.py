@@ -56,6 +56,9 @@ _APART = 0.8
 _TAKEN_APART = 10
 """Operator set from which words of 32 bits are taken apart: Mod is that old, and 1625 levels need it."""
 
+_KEPT = 3_000_000
+"""Bytes of a problem that stays for alphabets asked about later; larger ones are formed again."""
+
 OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
 
@@ -179,6 +182,11 @@ class Problem:
         run = math.lcm(*{a.dim for a in _tables(task.weight)}) if parts == 1 else 1
         return cls(Curvature.of(moment.pop(), share * mean, run=run), parts)  # large: not held here meanwhile
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was factored, about."""
+        return 8 * int(math.prod(self.curvature.moment.shape))
+
     def encoded(self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str) -> Encoded:
         """Round and pack."""
         weight = task.weight
@@ -262,6 +270,7 @@ class _Roundings:
         self._weight = task.weight
         self._device = device
         self._opset = task.opset
+        self._problem: Problem | None = None
         self._tables = tables
         self._made = {Alphabet.of(e.params): e for e in kept}
         self._steps, self._vectors = self._scan(task.bits)
@@ -275,6 +284,8 @@ class _Roundings:
         """Try what is missing."""
         problem = Problem.of(task, self._device)
         self._made |= {a: self._quick(task, a, problem) for a in self.missing(task)}
+        if problem.nbytes <= _KEPT:
+            self._problem = problem
 
     def kept(self) -> Sequence[Encoded]:
         """Return what was rounded."""
@@ -305,12 +316,13 @@ class _Roundings:
         return [(self._candidate(a, self._made[a].error),) for a in self._steps]
 
     def ready(self, params: Sequence[Params]) -> bool:
-        return Alphabet.of(params[0]) in self._made
+        return self._problem is not None or Alphabet.of(params[0]) in self._made
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
         alphabet = Alphabet.of(params[0])
         if alphabet not in self._made:
-            self._made[alphabet] = self._quick(tasks[0], alphabet, Problem.of(tasks[0], self._device))
+            problem = self._problem or Problem.of(tasks[0], self._device)
+            self._made[alphabet] = self._quick(tasks[0], alphabet, problem)
         return (self._made[alphabet],)
 
     def _scan(self, bits: float) -> tuple[tuple[Alphabet, ...], tuple[Alphabet, ...]]:
