@@ -121,16 +121,19 @@ class Search:
         return self._settle(lambda: self._choose(budget))
 
     def within_damage(self, allowed: float) -> Choice:
-        """Return the smallest choice whose foreseen damage is allowed, measured where it falls."""
-        return self._settle(lambda: self._smallest_within(allowed))
+        """Return the smallest choice whose foreseen damage is allowed, measured where it falls.
 
-    def _settle(self, choose: Callable[[], Choice]) -> Choice:
+        Where that is costly, what the scan says has to do: the choice is encoded and measured as a whole.
+        """
+        return self._settle(lambda: self._smallest_within(allowed), 0 if self.costly else ROUNDS)
+
+    def _settle(self, choose: Callable[[], Choice], rounds: int = ROUNDS) -> Choice:
         """Choose, measure where the choice falls, and choose again, until it rests on measurements."""
         if not self._scanned:
             self.scan()
             self._scanned = True
         choice = choose()
-        for number in range(ROUNDS):
+        for number in range(rounds):
             if not self._measure(choice, number):
                 break
             choice = choose()
