@@ -393,8 +393,7 @@ class Search:
 
     def light_enough(self, choice: Choice) -> bool:
         """Whether a run of the choice costs no more than is asked for."""
-        found = self.operations
-        return found is None or found.after(choice.candidates.values()) <= found.budget
+        return self.operations is None or self.operations.allows(choice)
 
     def free(self) -> Choice:
         """Return the choice of the smallest errors that save bytes (or none): not worth a measurement."""

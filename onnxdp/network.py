@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -104,26 +105,28 @@ class Network:
         watched = before_softmax(self.proto.graph)
         if len(watched) != 1:
             return None
-        session = self.segment(0, None, {}, watched, self.fed)
-        wanted = [i.name for i in session.get_inputs()]
-
-        def scores(feed: Mapping[str, Array]) -> Array:
-            everything = {**self.fed, **feed}
-            return runtime.run(session, {n: everything[n] for n in wanted}, watched)[watched[0]]
-
-        return scores
+        run = self._runs(watched)
+        return lambda feed: run(feed)[watched[0]]
 
     def responses(self) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
         """Return a function that gives all floating-point outputs."""
-        session = self.segment(0, None, {}, self.outputs, self.fed)
-        wanted = [i.name for i in session.get_inputs()]
+        run = self._runs(self.outputs)
+        return lambda feed: [a for a in run(feed).values() if a.dtype.kind == "f"]
 
-        def outputs(feed: Mapping[str, Array]) -> Sequence[Array]:
+    def _runs(self, outputs: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+        """Return a function that gives some tensors; its session, weights held, is made at the first call."""
+
+        @cache
+        def session() -> Any:
+            return self.segment(0, None, {}, outputs, self.fed)
+
+        def run(feed: Mapping[str, Array]) -> dict[str, Array]:
             everything = {**self.fed, **feed}
-            found = runtime.run(session, {n: everything[n] for n in wanted}, self.outputs)
-            return [a for a in found.values() if a.dtype.kind == "f"]
+            return runtime.run(
+                session(), {i.name: everything[i.name] for i in session().get_inputs()}, outputs
+            )
 
-        return outputs
+        return run
 
     @property
     def halts(self) -> list[int]:

@@ -122,6 +122,10 @@ class Operations:
         """Return the operations of the network with some weights replaced."""
         return round(self.whole - sum(self.dense.get(c.weight, 0) - self.of(c) for c in candidates))
 
+    def allows(self, choice: Choice) -> bool:
+        """Whether a run of a choice costs no more than the budget."""
+        return self.after(choice.candidates.values()) <= self.budget
+
 
 def cheapest(
     items: Sequence[Item], overhead: Mapping[str, int], operations: Operations | None = None
@@ -156,9 +160,7 @@ def choose(
         Bounds the operations of a run, too; they have a multiplier of their own.
     """
     least = cheapest(items, overhead, operations)
-    if least.nbytes > budget or (
-        operations and operations.after(least.candidates.values()) > operations.budget
-    ):
+    if least.nbytes > budget or (operations and not operations.allows(least)):
         return None
     table = _Table(items, curves, overhead, operations)
     found = table.at_price(table.price(budget))
@@ -388,8 +390,7 @@ class _Table:
         return Choice(candidates, nbytes, damage)
 
     def _fits(self, choice: Choice) -> bool:
-        operations = self._operations
-        return operations is None or operations.after(choice.candidates.values()) <= operations.budget
+        return self._operations is None or self._operations.allows(choice)
 
 
 def damages(candidates: Sequence[Candidate], curves: Curves) -> Array:
