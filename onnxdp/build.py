@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from onnxdp import walk
 from onnxdp.records import Array
 
 DTYPES = {
@@ -239,6 +240,11 @@ class Builder:
         else:
             self.nodes.append(node)
 
+    def tell(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int]) -> None:
+        """Let the file say the type and shape of a value in the outermost graph: no one could infer it."""
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        value.meta[walk.TOLD] = True
+
     def cast(self, value: ir.Value, dtype: str, role: str) -> ir.Value:
         """Cast to ``dtype``; nothing is added where the value is an initializer of that type already."""
         if value.const_value is not None and value.const_value.dtype == DTYPES[dtype]:
@@ -328,7 +334,10 @@ def _blank_with(opset: int, draw: Callable[[Builder], object]) -> int:
     draw(Builder(graph, "w", paper))
     paper.finish()
     proto = ir.serde.serialize_model(model)
+    told = {name for _, name in walk.told(model)}
+    kept = [info for info in proto.graph.value_info if info.name in told]
     del proto.graph.value_info[:]  # onnx-ir adds it, and the file does not get it
+    proto.graph.value_info.extend(kept)
     return int(proto.ByteSize())
 
 

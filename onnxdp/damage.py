@@ -158,8 +158,7 @@ class Search:
     def _at_price(self, log_price: float) -> Choice:
         """Return the best choice at a price (log of damage per byte), on what is known."""
         price = math.exp(log_price)
-        items, _ = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
-        return planner.at_price(items, self.curves, price, self.overhead, self.operations)
+        return planner.at_price(self.items, self.curves, price, self.overhead, self.operations)
 
     def filled(self, choice: Choice, left: int) -> Choice:
         """Return the choice with ``left`` bytes more to spend, on what is known."""
@@ -234,24 +233,13 @@ class Search:
         return given
 
     def _choose(self, budget: int) -> Choice:
-        choice = self._chosen(budget)
+        known = self.curves, budget, self.overhead, self.operations
+        choice = planner.choose(self.items, *known)
         if choice is None and self._give_spare():
-            choice = self._chosen(budget)
+            choice = planner.choose(self.items, *known)
         if choice is None:
             raise TargetError("out of reach")
         return choice
-
-    def _chosen(self, budget: int) -> Choice | None:
-        """Return the better of the choices with tables, whose bytes are the budget's too, and without."""
-        price = planner.price(self.items, self.curves, budget, self.overhead, self.operations)
-        items, nbytes = planner.with_tables_that_pay(self.items, self.curves, price, self.overhead)
-        known = self.curves, budget, self.overhead, self.operations
-        plain = planner.choose(planner.without_tables(self.items), *known)
-        if not nbytes:
-            return plain
-        rich = planner.choose(items, self.curves, budget - nbytes, self.overhead, self.operations)
-        found = [c for c in (rich, plain) if c is not None]
-        return min(found, key=lambda c: c.damage, default=None)
 
     def _measure(self, choice: Choice, number: int) -> int:
         """Measure the candidates of a choice whose curves say nothing near them; returns how many."""

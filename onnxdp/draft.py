@@ -67,7 +67,7 @@ class Draft:
         for opset in proto.opset_import:
             if not opset.domain:
                 opset.ClearField("domain")
-        _keep_value_info(proto, self.value_info)
+        _keep_value_info(proto, self.value_info | walk.told(graph))
         for tensor in walk.tensor_protos(proto):
             once = {e.key: e for e in tensor.metadata_props}
             if len(once) < len(tensor.metadata_props):

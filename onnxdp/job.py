@@ -64,9 +64,6 @@ HUNTED = 100_000_000
 A choice is encoded and measured as a whole many times then, and that corrects what was foreseen.
 """
 
-TABLES_SINCE = 10
-"""Operator set from which words that name entries of a table are taken apart: Mod is that old."""
-
 log = logging.getLogger(__name__)
 
 ENCODING_SETTINGS = (
@@ -147,8 +144,6 @@ class Job:
                     "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
                 )
             notices = preparation.prepare(model, settings)
-            if model.ir.opset_imports.get("", 1) < TABLES_SINCE:
-                settings = replace(settings, codebooks=False)
             if known is not None:
                 known.check(model.sha256, settings)
             found = weights.select(weights.find(model.ir), settings.include, settings.exclude)

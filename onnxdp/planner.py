@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
-from onnxdp.methods.tables import Alphabet, table_of
 from onnxdp.records import Array, Candidate, Weight
 
 
@@ -175,9 +174,8 @@ def filled(
     overhead: Mapping[str, int],
     operations: Operations | None = None,
 ) -> Choice:
-    """Return a choice with ``left`` bytes more to spend; no table is taken that it does not name already."""
-    named = {t for c in choice.candidates.values() if (t := table_of(c.params))}
-    table = _Table(without_tables(items, named), curves, overhead, operations)
+    """Return a choice with ``left`` bytes more to spend."""
+    table = _Table(items, curves, overhead, operations)
     return table.filled(choice, choice.nbytes + left)
 
 
@@ -190,53 +188,6 @@ def price(
 ) -> float:
     """Return the damage per byte from which on choices are within ``budget`` bytes, as far as any is."""
     return _Table(items, curves, overhead, operations).price(budget)
-
-
-def without_tables(items: Sequence[Item], kept: Collection[Alphabet] = ()) -> list[Item]:
-    """Return the items without the candidates that name a table, but for those kept."""
-
-    def stays(c: Candidate) -> bool:
-        return (table := table_of(c.params)) is None or table in kept
-
-    return [
-        replace(item, alone={n: tuple(c for c in own if stays(c)) for n, own in item.alone.items()})
-        for item in items
-    ]
-
-
-def with_tables_that_pay(
-    items: Sequence[Item], curves: Curves, price: float, overhead: Mapping[str, int]
-) -> tuple[list[Item], int]:
-    """Return the items without the candidates whose table is worth less at a price than its own bytes.
-
-    The second number returned is the bytes of the other tables.
-
-    Tables are added one by one, the one that saves most beside those before it first.
-    """
-    alone = [own for item in items for own in item.alone.values()]
-    tables = sorted({t for own in alone for c in own if (t := table_of(c.params))})
-    if not tables:
-        return list(items), 0
-    costs = np.full((len(alone), len(tables) + 1), math.inf)  # the last column: without a table
-    for row, own in zip(costs, alone, strict=True):
-        each = damages(own, curves) + price * np.array([bytes_of(c, overhead) for c in own], np.float64)
-        for c, cost in zip(own, each, strict=True):
-            table = table_of(c.params)
-            place = len(tables) if table is None else tables.index(table)
-            row[place] = min(row[place], cost)
-    least, kept = costs[:, -1], set[Alphabet]()
-    while True:
-        saved = {
-            t: float((least - np.minimum(least, costs[:, k])).sum()) - price * t.nbytes
-            for k, t in enumerate(tables)
-            if t not in kept
-        }
-        best = max(saved, key=lambda t: saved[t], default=None)
-        if best is None or saved[best] <= 0:
-            break
-        kept.add(best)
-        least = np.minimum(least, costs[:, tables.index(best)])
-    return without_tables(items, kept), sum(t.nbytes for t in kept)
 
 
 def at_price(

@@ -116,11 +116,6 @@ class Settings:
     samples: int | None = _setting(
         None, "Number of probe inputs; default: by the cost of one run of the network."
     )
-    codebooks: bool | None = _setting(
-        None,
-        "Let a digit of a rounded weight stand for several numbers, an entry of a table that is the same for "
-        "every network; default: where that loses less.",
-    )
     short_names: bool | None = _setting(
         None,
         "Rename internal values, drop node names, notes and attributes at their defaults, store equal "

@@ -67,6 +67,15 @@ def initializers(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 yield value.const_value
 
 
+TOLD = "told"
+"""Key in the meta of values of the outermost graph whose type and shape the file has to say."""
+
+
+def told(model: ir.Model) -> set[tuple[str, str]]:
+    """Give scope and name of the values that are marked so, as :func:`value_infos` spells them."""
+    return {("", v.name or "") for node in model.graph for v in node.outputs if TOLD in v.meta}
+
+
 def value_infos(proto: ModelProto) -> Iterator[tuple[str, Any]]:
     """Give the value_info lists of all graphs and functions, each with a name of its scope."""
     yield "", proto.graph.value_info

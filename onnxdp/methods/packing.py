@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +31,8 @@ _MOST = 2047
 """Most levels: float16, which takes 16 bits where they take 11, is as near from there on."""
 _ROWS = 1 << 16
 """Of a table, at most."""
+_SPREAD = 1 << 20
+"""Digits of a stream up to which it is taken apart by division, 13 bytes for each, and not by a table."""
 _BLOCK = 1 << 20
 """Words that are packed at a time, to hold no second copy of a large weight."""
 
@@ -157,53 +160,101 @@ def offered(levels: int, opset: int) -> tuple[Packing, ...]:
     return tuple(Packing(levels, word, k) for k, word in words.items())
 
 
+class Grid(NamedTuple):
+    """What single digits stand for, and how the file calls it."""
+
+    name: str
+    numbers: tuple[int, ...]
+
+    @classmethod
+    @cache
+    def even(cls, levels: int) -> Grid:
+        """Return the centred integers of :func:`unit`."""
+        step = 1 if levels % 2 else 2
+        return cls(f"L{levels}", tuple(range(-(step * (levels - 1)) // 2, step * (levels - 1) // 2 + 1, step)))
+
+    @property
+    def values(self) -> Array:
+        """The numbers, (levels,) int8 or int16."""
+        return np.array(self.numbers, np.int16 if is_wide(len(self.numbers)) else np.int8)
+
+
 def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -> ir.Value:
     """Draw what decodes the words: a float32 value of ``shape`` with the centred integers of :func:`unit`."""
     size, float32 = prod(shape), int(ir.DataType.FLOAT)
+    grid = Grid.even(packing.levels)
     if packing.digits == 1:
-        held = build.constant("words", centred(packing.levels)[words].reshape(shape))
+        held = build.constant("words", grid.values[words].reshape(shape))
         return build.node("Cast", [held], "integers", to=float32)
-    value = rows(build, packing, words)
+    value = _rows(build, packing, words, grid)
     if size % packing.digits:
-        value = _head(build, build.reshape(value, [-1], "flat"), 0, size)
+        value = head(build, build.reshape(value, [-1], "flat"), 0, size)
     if len(shape) != 1 or not size % packing.digits:
         value = build.reshape(value, shape, "shaped")
     return build.node("Cast", [value], "integers", to=float32)
 
 
-def centred(levels: int) -> Array:
-    """Return what the digits 0 .. levels - 1 decode to, int8 or int16."""
-    step = 1 if levels % 2 else 2
-    found: Array = (step * np.arange(levels) - step * (levels - 1) // 2).astype(
-        np.int16 if is_wide(levels) else np.int8
-    )
-    return found
+def stream(build: Builder, digits: Array, grid: Grid, name: str) -> tuple[ir.Value, int]:
+    """Store digits and draw what they stand for in a row, int8 or int16, and how many too many there are."""
+    packed = Packing.best(len(grid.numbers), digits.size, build.opset)
+    if packed.digits == 1:
+        return build.constant("words", grid.values[digits], name), 0
+    words = packed.pack(digits)
+    if build.opset < 10 or digits.size > _SPREAD:
+        value = _rows(build.named(name), packed, words, grid)
+    else:
+        value = build.node("Gather", [_drawn(build, grid), spread(build, packed, words, name)], "centred")
+    count = len(words) * packed.digits
+    return build.reshape(value, [count], "flat"), count - digits.size
 
 
-def rows(build: Builder, packing: Packing, words: Array) -> ir.Value:
-    """Draw the digits of each word as a row, int8 or int16."""
+def spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
+    """Take words apart: (word // L^i) mod L, in uint32 or int32, which runtimes divide alike; int32."""
+    long, int32 = packed.word == "uint32", int(ir.DataType.INT32)
+    value = build.constant("words", words.reshape(-1, 1), name)
+    if not long:
+        value = build.node("Cast", [value], "rows", to=int32)
+    if packed.digits == 1:
+        return value
+    kind = np.dtype("uint32" if long else "int32")
+    places = np.array([[packed.levels**i for i in range(packed.digits)]], kind)
+    value = build.node("Div", [value, build.integers(places)], "shifted")
+    value = build.node("Mod", [value, build.integers(np.array(packed.levels, kind))], "digits")
+    return build.node("Cast", [value], "rows", to=int32) if long else value
+
+
+def head(build: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
+    """Keep the first ``count`` along an axis; axis 0 is the only one."""
+    if build.opset < 10:
+        return build.node("Slice", [value], "head", axes=[axis], starts=[0], ends=[count])
+    axes = [build.ints([axis])] if axis else []
+    return build.node("Slice", [value, build.ints([0]), build.ints([count]), *axes], "head")
+
+
+def _rows(build: Builder, packing: Packing, words: Array, grid: Grid) -> ir.Value:
+    """Draw what the digits of each word stand for as a row, int8 or int16."""
     levels, count = packing.levels, packing.digits
     length, parts = _parts(packing)
     int32 = int(ir.DataType.INT32)
     if parts == 1:
         held = build.node("Cast", [build.constant("words", words)], "rows", to=int32)
-        return build.node("Gather", [_table(build, levels, count), held], "digits")
+        return build.node("Gather", [_table(build, grid, count), held], "digits")
     places = np.array([[levels ** (length * i) for i in range(parts)]], np.uint32)
     value = build.constant("words", words.reshape(-1, 1))
     value = build.node("Div", [value, build.integers(places)], "shifted")
     value = build.node("Mod", [value, build.integers(np.array(levels**length, np.uint32))], "parts")
     value = build.node("Cast", [value], "rows", to=int32)
-    value = build.node("Gather", [_table(build, levels, length), value], "digits")
+    value = build.node("Gather", [_table(build, grid, length), value], "digits")
     if parts * length == count:
         return value
-    return _head(build, build.reshape(value, [0, -1], "digits"), 1, count)
+    return head(build, build.reshape(value, [0, -1], "digits"), 1, count)
 
 
-def grid(build: Builder, levels: int) -> ir.Value:
-    """Draw what single digits decode to, (levels,) int8 or int16, once for all weights."""
-    if not is_wide(levels) or build.opset < 11:
-        return build.outer.constant("x1", centred(levels), f"{TERSE}.L{levels}")
-    return build.outer.once(f"grid {levels}", lambda: _counted(build.outer, levels))
+def _drawn(build: Builder, grid: Grid) -> ir.Value:
+    """Draw what single digits stand for, (levels,) int8 or int16, once for all weights."""
+    if not is_wide(len(grid.numbers)) or build.opset < 11:
+        return build.outer.constant("x1", grid.values, f"{TERSE}.{grid.name}")
+    return build.outer.once(f"grid {grid.name}", lambda: _counted(build.outer, len(grid.numbers)))
 
 
 def _counted(build: Builder, levels: int) -> ir.Value:
@@ -220,21 +271,13 @@ def _parts(packing: Packing) -> tuple[int, int]:
     return -(-packing.digits // parts), parts
 
 
-def _head(build: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
-    """Keep the first ``count`` along an axis; axis 0 is the only one."""
-    if build.opset < 10:
-        return build.node("Slice", [value], "head", axes=[axis], starts=[0], ends=[count])
-    axes = [build.ints([axis])] if axis else []
-    return build.node("Slice", [value, build.ints([0]), build.ints([count]), *axes], "head")
-
-
-def _table(build: Builder, levels: int, digits: int) -> ir.Value:
+def _table(build: Builder, grid: Grid, digits: int) -> ir.Value:
     """Draw the table of all words of so many digits, (L^digits, digits), once for all weights."""
-    outer = build.outer
+    outer, levels = build.outer, len(grid.numbers)
     if is_wide(levels):  # more digits than one would be too many rows
-        return outer.once(f"column {levels}", lambda: outer.reshape(grid(build, levels), [-1, 1], "x1"))
+        return outer.once(f"column {grid.name}", lambda: outer.reshape(_drawn(build, grid), [-1, 1], "x1"))
     form = _generated if _generates(levels, digits, build.opset) else _stored
-    return outer.once(f"table {levels} {digits}", lambda: form(outer, levels, digits))
+    return outer.once(f"table {grid.name} {digits}", lambda: form(outer, grid, digits))
 
 
 @cache
@@ -242,23 +285,26 @@ def _generates(levels: int, digits: int, opset: int) -> bool:
     """Whether the table is fewer bytes of file as nodes (Range is as old as opset 11)."""
     if opset < 11:
         return False
-    made = nbytes(opset, lambda build: _generated(build, levels, digits))
-    return made < nbytes(opset, lambda build: _stored(build, levels, digits))
+    grid = Grid.even(levels)
+    made = nbytes(opset, lambda build: _generated(build, grid, digits))
+    return made < nbytes(opset, lambda build: _stored(build, grid, digits))
 
 
-def _stored(build: Builder, levels: int, digits: int) -> ir.Value:
+def _stored(build: Builder, grid: Grid, digits: int) -> ir.Value:
+    levels = len(grid.numbers)
     numbers = np.arange(levels**digits)[:, None] // levels ** np.arange(digits) % levels
-    return build.constant(f"x{digits}", centred(levels)[numbers], f"{TERSE}.L{levels}")
+    return build.constant(f"x{digits}", grid.values[numbers], f"{TERSE}.{grid.name}")
 
 
-def _generated(build: Builder, levels: int, digits: int) -> ir.Value:
+def _generated(build: Builder, grid: Grid, digits: int) -> ir.Value:
     """Take the numbers 0, 1, ... apart, in int32, which runtimes divide alike."""
+    levels = len(grid.numbers)
     scalars = (build.integers(np.array(n, np.int32)) for n in (0, levels**digits, 1))
     numbers = build.node("Range", list(scalars), "numbers")
     places = np.array([[levels**j] for j in range(digits)], np.int32)
     value = build.node("Div", [numbers, build.integers(places)], "shifted")
     value = build.node("Mod", [value, build.integers(np.array(levels, np.int32))], "digits")
-    value = build.node("Gather", [grid(build, levels), value], "centred")
+    value = build.node("Gather", [_drawn(build, grid), value], "centred")
     return build.node("Transpose", [value], "table")  # last to first: without perm it turns a matrix
 
 

@@ -22,7 +22,6 @@ from onnxdp import arrays, weights
 from onnxdp.methods import dictionary, solvers
 from onnxdp.methods.form import Task
 from onnxdp.methods.quantized import Problem, Quantized
-from onnxdp.methods.tables import Alphabet
 from onnxdp.records import Array, Encoded, Params, Weight
 
 NAME = "pair"
@@ -143,20 +142,20 @@ class Pairing:
             found[rank] = max(1 + float(rest) / whole, 1e-12)
         return found
 
-    def encoded(self, params: Params, *, tries: int, sweeps: int) -> Encoded:
+    def encoded(self, params: Params, *, quick: bool) -> Encoded:
         """Round the atoms, then the codes fitted to what these give."""
-        weight, rank, how = self._task.weight, int(params["atoms"]), {"tries": tries, "sweeps": sweeps}
+        weight, rank = self._task.weight, int(params["atoms"])
         (atoms_of, _), (codes_of, _) = factors(weight, params)
         found = self._atoms[:, :, :rank]
-        found = self._improved(found) if sweeps else found
+        found = found if quick else self._improved(found)
         atoms = weights.unblocks(atoms_of, found @ _turn(rank, self._seed))
         first = Task(atoms_of, atoms, self._seen, False)
-        rounded = self._rounded(first, int(params["levels"]), **how)
+        rounded = self._rounded(first, int(params["levels"]), quick=quick)
         kept = weights.blocks(atoms_of, Quantized().decode(atoms_of, rounded))
         x = self._given(kept)
         codes = self._normal(x, kept).codes(slice(None))[None].astype(np.float32)
         second = Task(codes_of, weights.unblocks(codes_of, codes), x, False)
-        fitted = self._rounded(second, int(params["code_levels"]), **how)
+        fitted = self._rounded(second, int(params["code_levels"]), quick=quick)
         lost = self._wanted - x @ weights.blocks(codes_of, Quantized().decode(codes_of, fitted))
         error = float(np.linalg.norm(lost) / (np.linalg.norm(self._wanted) or 1.0))
         return joined(weight, params, [rounded, fitted], error)
@@ -193,9 +192,9 @@ class Pairing:
 
         return _conjugate(curve, back(self._wanted[0]) + ridge * (self._matrix @ flat.T), d)
 
-    def _rounded(self, task: Task, levels: int, *, tries: int, sweeps: int) -> Encoded:
+    def _rounded(self, task: Task, levels: int, *, quick: bool) -> Encoded:
         problem = Problem.of(task, self._device)
-        return problem.encoded(task, Alphabet(levels), tries=tries, sweeps=sweeps, device=self._device)
+        return problem.encoded(task, {"levels": levels}, quick=quick, device=self._device)
 
     def _one_by_one(self, samples: Array | None) -> Array | None:
         """Return what the atoms see, (1, samples x taps of the codes, rows); None without samples."""

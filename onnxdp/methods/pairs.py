@@ -119,7 +119,7 @@ class RoundedPair:
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
         problem = Pairing(task, str(params["taps"]), int(params["atoms"]), settings.seed, device)
-        return problem.encoded(params, tries=1 if task.quick else 3, sweeps=0 if task.quick else 3)
+        return problem.encoded(params, quick=task.quick)
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Multiply the factors, in float32."""
@@ -186,7 +186,7 @@ class _Pairs:
             noise = []
             for levels in _TRIED:
                 pair = taps, middle, levels, levels
-                self._made[pair] = made = problem.encoded(self._params(pair), tries=1, sweeps=0)
+                self._made[pair] = made = problem.encoded(self._params(pair), quick=True)
                 noise.append(math.log(max((made.error**2 - self._lost[taps, middle]) / 2, 1e-12)) / 2)
             self._noise[taps] = np.array(noise)
         self._tried = {pair: made.error for pair, made in self._made.items()}
@@ -205,7 +205,7 @@ class _Pairs:
         pair = _pair(params[0])
         if pair not in self._made:
             problem = Pairing(tasks[0], pair[0], pair[1], self._seed, self._device)
-            self._made[pair] = problem.encoded(params[0], tries=1, sweeps=0)
+            self._made[pair] = problem.encoded(params[0], quick=True)
         return (self._made[pair],)
 
     def _params(self, pair: Pair) -> Params:

@@ -1,9 +1,10 @@
-"""Rounded weights: few levels and one step per output, packed into words and decoded when a session is made.
+"""Rounded weights: whole numbers and one step per output, packed into words and decoded when a session is made.
 
-    W' = s (k - (L - 1) / 2),    k = 0 .. L - 1 packed as base-L digits,    s in float16, one per output
+    W' = s q,    s in float16, one per output
 
-or, with less lost at most numbers of bits, a digit stands for a few consecutive numbers of a row: an entry
-of a table that all weights and networks have in common (:mod:`onnxdp.methods.tables`).
+The whole numbers q are as few ``bits`` each as wanted, frequent ones fewer than others
+(:mod:`onnxdp.methods.escapes`); or, for models whose operators cannot undo that, for factors and for many
+bits, digits of so many ``levels``, W' = s (k - (L - 1) / 2), k = 0 .. L - 1.
 
 References
 ----------
@@ -13,8 +14,9 @@ prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -22,13 +24,12 @@ import onnx_ir as ir
 from onnxdp import arrays, weights
 from onnxdp.build import Builder, half_of, unlike_others
 from onnxdp.errors import PlanError
-from onnxdp.methods import packing, streams
+from onnxdp.methods import escapes, packing, streams
+from onnxdp.methods.escapes import Code, Coded, bits_of, code_for
 from onnxdp.methods.form import Solved, Task
 from onnxdp.methods.packing import Packing
-from onnxdp.methods.rounding import Curvature, Rounded, round_weights
+from onnxdp.methods.rounding import Curvature, Lattice, Rounded, round_weights
 from onnxdp.methods.streams import Part
-from onnxdp.methods.tables import TABLES, Alphabet, coarseness, table
-from onnxdp.methods.vectors import round_vectors
 from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Reader
@@ -36,13 +37,19 @@ from onnxdp.weights import Reader
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
 
+RATES = tuple(k / 8 for k in range(3, 49))
+"""Bits of a number that are offered where frequent ones take fewer."""
+
+FINE = (255, 1625)
+"""Numbers of levels that are offered beside these, for more bits."""
+
 DAMPING = (0.1, 0.3)
 """Added to the diagonal of H, over its mean: a + b * inputs / samples; made-up inputs are not real ones."""
 
 ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
-_LEAST = 8
-"""Inputs of a weight from which tables are tried."""
+_SWEEPS = 3
+"""Times that every number is rounded again."""
 _MANY = 256
 """Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
 MOST_INPUTS = 6144
@@ -50,8 +57,14 @@ MOST_INPUTS = 6144
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
-_APART = 0.8
-"""Bits by which a table's may differ from those that the target leaves each number."""
+_NEAR = 0.001
+"""Share of its bits that a weight may leave over, or some ..."""
+_FEW = 4
+"""... bits in all."""
+_CORRECTED = 8
+"""Times that steps are corrected, after the sweeps, so that the bits are near."""
+_LOOKED = 1 << 16
+"""Numbers, about, whose bits tell where to start."""
 
 _TAKEN_APART = 10
 """Operator set from which words of 32 bits are taken apart: Mod is that old, and 1625 levels need it."""
@@ -78,21 +91,20 @@ class Quantized:
         return None
 
     def cost(self, weight: Weight, params: Params) -> int:
-        """Bytes of the words and of the steps; the table of a number of levels is all weights' together."""
-        levels, dim = Alphabet.of(params)
-        size = weight.size // dim
-        return Packing.best(levels, size, OPSET).nbytes(size) + 2 * _columns(weight)
+        """Bytes of the words and of the steps; with ``bits``, at most."""
+        steps = 2 * _columns(weight)
+        if "bits" in params:
+            return math.ceil(float(params["bits"]) * weight.size / 8) + steps
+        return Packing.best(int(params["levels"]), weight.size, OPSET).nbytes(weight.size) + steps
 
     def check(self, weight: Weight, params: Params) -> None:
-        """Refuse what is no number of levels, and no table whose entries fill the weight's rows."""
+        """Refuse what is no number of levels, and no number of bits."""
         if set(params) == {"levels"} and params["levels"] in LEVELS:
             return
-        known = _tables(weight)
-        if set(params) != {"levels", "dim"} or (params["levels"], params["dim"]) not in known:
-            named = ", or levels and dim of a table, one of " if known else ""
-            named += ", ".join(f"{k} x {d}" for k, d in known)
+        if set(params) != {"bits"} or params["bits"] not in RATES:
             raise PlanError(
-                f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}{named}."
+                f"{weight.name}: quant takes levels, one of {', '.join(map(str, LEVELS))}, "
+                f"or bits, {RATES[0]} to {RATES[-1]} in steps of {RATES[1] - RATES[0]}."
             )
 
     def groups(
@@ -102,16 +114,19 @@ class Quantized:
         return ()
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
-        """Return arrays of the right shapes and types."""
-        levels, dim = Alphabet.of(params)
-        digits = unlike_others(np.zeros(weight.size // dim, packing.digit_type(levels)), weight.name, levels)
-        words = Packing.best(levels, digits.size, OPSET).pack(digits)
+        """Return arrays of the right shapes and types, or that take the bits there are."""
         scale = unlike_others(np.ones(_columns(weight), np.float16), weight.name)
-        return Encoded(weight.name, self.name, dict(params), {"words": words, "scale": scale}, 0.0)
+        if "bits" in params:
+            made = _words(escapes.like(weight.name, weight.size, float(params["bits"])), params)
+        else:
+            levels = int(params["levels"])
+            digits = unlike_others(np.zeros(weight.size, packing.digit_type(levels)), weight.name, levels)
+            made = {"words": Packing.best(levels, digits.size, OPSET).pack(digits)}
+        return Encoded(weight.name, self.name, dict(params), made | {"scale": scale}, 0.0)
 
     def solve(self, tasks: Sequence[Task], settings: Settings, *, device: str) -> Solved:
         """Round to a few numbers of levels; what the others lose lies between."""
-        made = _Roundings(tasks[0], device, tables=settings.codebooks is not False)
+        made = _Roundings(tasks[0], device)
         made.complete(tasks[0])
         return made
 
@@ -119,42 +134,44 @@ class Quantized:
         self, task: Task, kept: Sequence[Encoded], settings: Settings, *, device: str
     ) -> Solved | None:
         """Take up what an earlier run rounded, if it is all that the task's targets try."""
-        made = _Roundings(task, device, tables=settings.codebooks is not False, kept=kept)
+        made = _Roundings(task, device, kept=kept)
         return None if made.missing(task) else made
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
-        tries, sweeps = (1, 0) if task.quick else (3, 3)
-        return Problem.of(task, device).encoded(
-            task, Alphabet.of(params), tries=tries, sweeps=sweeps, device=device
-        )
+        return Problem.of(task, device).encoded(task, params, quick=task.quick, device=device)
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""
-        levels, dim = alphabet = Alphabet.of(encoded.params)
-        size = weight.size // dim
-        digits = Packing.best(levels, size, OPSET).unpack(encoded.arrays["words"], size)
-        if dim > 1:
-            value = table(alphabet).astype(np.float32)[digits].reshape(_stored(weight))
+        if "bits" in encoded.params:
+            value = _coded(weight, encoded).integers().astype(np.float32)
         else:
-            value = digits.reshape(_stored(weight)).astype(np.float32)
+            levels = int(encoded.params["levels"])
+            packed = Packing.best(levels, weight.size, OPSET)
+            value = packed.unpack(encoded.arrays["words"], weight.size).astype(np.float32)
             value -= (levels - 1) / 2
+        value = value.reshape(_stored(weight))
         value *= _beside(weight, encoded.arrays["scale"].astype(np.float32))
         return value.reshape(weight.shape)
 
     def emit(
         self, build: Builder, weight: Weight, encoded: Encoded, reader: Reader | None
     ) -> ir.Value | None:
-        """Draw the table's digits times the steps, in float32, gone when the session is made."""
-        levels, dim = alphabet = Alphabet.of(encoded.params)
-        size = weight.size // dim
-        packed, here = (Packing.best(levels, size, o) for o in (OPSET, build.opset))
-        words = encoded.arrays["words"]
-        if here != packed:
-            words = here.pack(packed.unpack(words, size))
-        steps = _beside(weight, encoded.arrays["scale"].astype(np.float32) * np.float32(_unit(alphabet)))
-        half = encoded.arrays["scale"].dtype == np.float16
-        return streams.draw(build, Part(weight, here, dim, words, _stored(weight), steps, half))
+        """Draw the whole numbers times the steps, in float32, gone when the session is made."""
+        scale = encoded.arrays["scale"]
+        half, unit = scale.dtype == np.float16, 1.0
+        code: Packing | Code
+        words: Array | Coded
+        if "bits" in encoded.params:
+            code, words = code_for(float(encoded.params["bits"])), _coded(weight, encoded)
+        else:
+            levels, words = int(encoded.params["levels"]), encoded.arrays["words"]
+            packed, code = (Packing.best(levels, weight.size, o) for o in (OPSET, build.opset))
+            unit = packing.unit(levels)
+            if code != packed:
+                words = code.pack(packed.unpack(words, weight.size))
+        steps = _beside(weight, scale.astype(np.float32) * np.float32(unit))
+        return streams.draw(build, Part(weight, code, words, _stored(weight), steps, half))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,58 +196,107 @@ class Problem:
         mean = xp.mean(xp.linalg.diagonal(moment[0]), axis=-1)
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
-        run = math.lcm(*{a.dim for a in _tables(task.weight)}) if parts == 1 else 1
-        return cls(Curvature.of(moment.pop(), share * mean, run=run), parts)  # large: not held here meanwhile
+        return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
 
     @property
     def nbytes(self) -> int:
         """Bytes of what was factored, about."""
         return 8 * int(math.prod(self.curvature.moment.shape))
 
-    def encoded(self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str) -> Encoded:
-        """Round and pack."""
-        weight = task.weight
-        digits, scale, error = self._rounded(task, alphabet, tries=tries, sweeps=sweeps, device=device)
-        flat = (digits[0].T if alphabet.dim > 1 else _tensor(weight, digits)).reshape(-1)
-        words = Packing.best(alphabet.levels, flat.size, OPSET).pack(flat)
-        arrays_ = {"words": words, "scale": kept(scale, _unit(alphabet))}
-        return Encoded(weight.name, Quantized.name, alphabet.params, arrays_, error)
+    def encoded(self, task: Task, params: Params, *, quick: bool, device: str) -> Encoded:
+        """Round and pack; quickly, where that is only to be measured."""
+        if "bits" in params:
+            integers, scale, error = self._within(task, float(params["bits"]), quick=quick, device=device)
+            made = _words(integers, params) | {"scale": kept(scale, 1.0)}
+        else:
+            levels = int(params["levels"])
+            digits, scale, error = self._rounded(task, levels, quick=quick, device=device)
+            flat = _tensor(task.weight, digits).reshape(-1)
+            words = Packing.best(levels, flat.size, OPSET).pack(flat)
+            made = {"words": words, "scale": kept(scale, packing.unit(levels))}
+        return Encoded(task.weight.name, Quantized.name, dict(params), made, error)
 
     def _rounded(
-        self, task: Task, alphabet: Alphabet, *, tries: int, sweeps: int, device: str
+        self, task: Task, levels: int, *, quick: bool, device: str
     ) -> tuple[Array, Array, float]:
         """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
-        host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
-        stack, inputs, outputs = host.shape
-        unit = near_one(host)
-        curvature, entries = self.curvature, None
-        if alphabet.dim > 1:
-            entries = arrays.to_device(table(alphabet).astype(np.float32), device)
-            if curvature.plain:  # vectors are chosen in a metric that is written out
-                plain = arrays.eye(task.weight.inputs, entries)[None, ...]
-                curvature = Curvature.of(plain, plain[:, 0, 0] * 0)
+        tries, sweeps = (1, 0) if quick else (3, 3)
+        given = self._given(task, device)
 
-        def some(columns: slice) -> Rounded:
-            w = np.ascontiguousarray(host[:, :, columns]).reshape(
-                stack * self.parts, inputs // self.parts, -1
-            )
-            on_device = self._moved(arrays.to_device(w, device), task, columns, device)
-            near = on_device if unit == 1 else on_device / unit
-            if entries is not None:
-                return round_vectors(near, curvature, entries, tries=tries, sweeps=sweeps)
-            return round_weights(
-                near, curvature, alphabet.levels, parts=self.parts, tries=tries, sweeps=sweeps
-            )
+        def some(w: arrays.Array) -> Rounded:
+            return round_weights(w, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps)
 
-        made = list(arrays.side_by_side(some, arrays.halves(outputs, _MANY)))
+        return self._joined(task, list(arrays.side_by_side(some, given.halves)), given.unit)
+
+    def _within(self, task: Task, bits: float, *, quick: bool, device: str) -> tuple[Array, Array, float]:
+        """Round the weight so that its code takes no more bits; returns integers (size,), steps and error.
+
+        All steps are moved by one factor until the bits are near, however often that takes.
+        """
+        weight, code = task.weight, code_for(bits)
+        given = self._given(task, device)
+        lattices = [
+            Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
+            for w, steps in zip(given.halves, given.steps(self.parts, device), strict=True)
+        ]
+        flat = np.empty(0, np.int8)
+
+        def measured() -> float:
+            nonlocal flat
+            made = np.concatenate([arrays.to_host(each.integers) for each in lattices], axis=-1)
+            flat = _tensor(weight, made.reshape(given.shape)).reshape(-1)
+            return bits_of(flat, code) / flat.size
+
+        def go(how: Callable[[Lattice, float], None], factor: float) -> float:
+            list(arrays.side_by_side(lambda each: how(each, factor), lattices))
+            return measured()
+
+        factor, slope = given.start(weight, code, bits)
+        near = max(_NEAR * bits, _FEW / flat.size if flat.size else 0.0, _FEW / weight.size)
+        got = go(Lattice.round, factor)
+        if quick:
+            factor *= 2 ** ((got - bits) / slope)
+            got = go(Lattice.round, factor)
+        for done in range(0 if quick else _SWEEPS + _CORRECTED):
+            if done >= _SWEEPS and bits - near <= got <= bits:
+                break
+            factor *= 2 ** ((got - bits + near / 2) / slope)
+            got = go(Lattice.sweep, factor)
+        while not quick and got > bits:
+            factor *= 1.02
+            got = go(Lattice.sweep, factor)
+        _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
+        return flat, scale, error * 2 ** (got - bits) if quick else error
+
+    def _joined(
+        self, task: Task, made: Sequence[Rounded], unit: float
+    ) -> tuple[Array, Array, float]:
+        """Put halves together: digits (stack, rows, outputs), steps and the relative error."""
         digits, scales, errors, energies = (
             np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
             for part in ("digits", "scale", "error", "energy")
         )
-        digits = digits.reshape(stack, -1, outputs)
-        scale = scales.reshape(stack, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
+        outputs = digits.shape[-1]
+        digits = digits.reshape(len(digits) // self.parts, -1, outputs)
+        scale = scales.reshape(-1, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
         return digits, scale, (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
+
+    def _given(self, task: Task, device: str) -> _Given:
+        """Return the weight on the device, moved to where it gives what the outputs lack."""
+        host = _matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        stack, inputs, outputs = host.shape
+        unit = near_one(host)
+
+        def some(columns: slice) -> arrays.Array:
+            w = np.ascontiguousarray(host[:, :, columns]).reshape(
+                stack * self.parts, inputs // self.parts, -1
+            )
+            on_device = self._moved(arrays.to_device(w, device), task, columns, device)
+            return on_device if unit == 1 else on_device / unit
+
+        halves = arrays.halves(outputs, _MANY)
+        return _Given(host / unit, unit, list(arrays.side_by_side(some, halves)), halves)
 
     def target(self, task: Task, device: str) -> arrays.Array:
         """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""
@@ -249,6 +315,72 @@ class Problem:
         return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A weight that is to be rounded.
+
+    Attributes
+    ----------
+    host : ndarray of shape (stack, inputs, outputs), float32
+        As it was, over ``unit``.
+    unit : float
+    halves : list of array of shape (stack x parts, inputs / parts, columns), float32
+        Moved to where it gives what the outputs lack.
+    columns : list of slice
+        Of the halves.
+    """
+
+    host: Array
+    unit: float
+    halves: list[arrays.Array]
+    columns: list[slice]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Stack, inputs, outputs."""
+        return self.host.shape
+
+    def sizes(self) -> Array:
+        """Return what steps are in proportion to, (stack, outputs).
+
+        Columns of the same size would all take the same bits, columns of the same step lose the same: between
+        the two little is lost by either.
+        """
+        own = np.sqrt(np.mean(self.host * self.host, axis=1))
+        own = np.sqrt(own * np.sqrt(np.mean(own * own)))
+        return np.where(own > 0, own, np.float32(1))
+
+    def steps(self, parts: int, device: str) -> list[arrays.Array]:
+        """Return these for each half."""
+        sizes = np.repeat(self.sizes(), parts, axis=0)
+        return [arrays.to_device(np.ascontiguousarray(sizes[:, c]), device) for c in self.columns]
+
+    def start(self, weight: Weight, code: Code, bits: float) -> tuple[float, float]:
+        """Return a factor of the steps that plainly rounded numbers take so many bits at, and how fast these
+
+        fall where it doubles.
+        """
+        unit = self.host / self.sizes()[:, None, :]
+        stack, inputs, outputs = self.shape
+        stride = max(1, unit.size // _LOOKED)
+        few = unit[:, :, ::stride] if outputs > stride else unit[::stride] if stack > stride else unit
+        flat = (few.swapaxes(1, 2) if weight.transposed else few).reshape(-1)
+
+        def taken(factor: float) -> float:
+            near = np.rint(np.clip(flat / np.float32(factor), -escapes.MOST, escapes.MOST))
+            return bits_of(near.astype(np.int8), code) / flat.size
+
+        low, high = -8.0, 6.0
+        for _ in range(14):
+            middle = (low + high) / 2
+            if taken(2.0**middle) > bits:
+                low = middle
+            else:
+                high = middle
+        slope = (taken(2.0 ** (high - 0.2)) - taken(2.0 ** (high + 0.2))) / 0.4
+        return 2.0**high, max(slope, 0.3)
+
+
 def near_one(host: Array) -> float:
     """Return 1, or a power of two to divide numbers by whose squares float32 does not hold (masks)."""
     peak = max(float(host.max(initial=0.0)), -float(host.min(initial=0.0)))
@@ -264,26 +396,25 @@ def kept(scale: Array, unit: float) -> Array:
 
 
 class _Roundings:
-    """One weight, rounded to some alphabets."""
+    """One weight, rounded in some ways."""
 
-    def __init__(self, task: Task, device: str, *, tables: bool, kept: Sequence[Encoded] = ()) -> None:
+    def __init__(self, task: Task, device: str, *, kept: Sequence[Encoded] = ()) -> None:
         self._weight = task.weight
         self._device = device
         self._opset = task.opset
         self._problem: Problem | None = None
-        self._tables = tables
-        self._made = {Alphabet.of(e.params): e for e in kept}
-        self._steps, self._vectors = self._scan(task.bits)
+        self._made = {_way(e.params): e for e in kept}
+        self._bits = task.bits
 
-    def missing(self, task: Task) -> list[Alphabet]:
-        """Return the alphabets that the task's targets try and that were not."""
-        tried = {a for bits in (task.bits, *task.also) for some in self._scan(bits) for a in some}
+    def missing(self, task: Task) -> list[_Way]:
+        """Return the ways that the task's targets try and that were not."""
+        tried = {way for bits in (task.bits, *task.also) for way in self._scan(bits)}
         return sorted(tried - set(self._made))
 
     def complete(self, task: Task) -> None:
         """Try what is missing."""
         problem = Problem.of(task, self._device)
-        self._made |= {a: self._quick(task, a, problem) for a in self.missing(task)}
+        self._made |= {way: self._quick(task, way, problem) for way in self.missing(task)}
         if problem.nbytes <= _KEPT:
             self._problem = problem
 
@@ -292,72 +423,104 @@ class _Roundings:
         return list(self._made.values())
 
     def aim(self, bits: float) -> None:
-        """Let the alphabets that another target tries speak for the others."""
-        self._steps, self._vectors = self._scan(bits)
+        """Let the ways that another target tries speak for the others."""
+        self._bits = bits
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
-        """Return one per alphabet.
+        """Return one per number of bits or levels.
 
-        Errors of numbers of levels between those tried lie on a line in logarithms; those of tables compare
-        as on the numbers that the tables were made for.
+        Errors of those between the ones tried lie on a line, in logarithms.
         """
-        steps = np.log([a.levels for a in self._steps])
-        errors = np.log([max(self._made[a].error, 1e-12) for a in self._steps])
-        levels = [n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n)]
-        found = [self._candidate(Alphabet(n), float(np.exp(along(np.log(n), steps, errors)))) for n in levels]
-        for tried in self._vectors:
-            like = (a for a in _tables(self._weight) if a.dim == tried.dim)
-            rate = self._made[tried].error / coarseness(tried) ** 0.5
-            found += [self._candidate(a, rate * coarseness(a) ** 0.5) for a in like]
+        found = []
+        ways = self._scan(self._bits)
+        for kind, offered in (("bits", RATES), ("levels", LEVELS)):
+            tried = [way for way in ways if way[0] == kind]
+            if tried:
+                xs = np.array([_log_levels(way) for way in tried])
+                errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
+                slopes = _SLOPES if len(tried) > 1 else (-1.0, -1.0)
+                finest = [n for n in offered if kind == "bits" or n in self._levels]
+                found += [
+                    self._candidate((kind, n), float(np.exp(along(_log_levels((kind, n)), xs, errors, slopes))))
+                    for n in finest
+                ]
         return [(c,) for c in found]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
-        """Return those that were tried with even steps: errors of the others do the same damage."""
-        return [(self._candidate(a, self._made[a].error),) for a in self._steps]
+        """Return those that were tried: errors of the others do the same damage."""
+        ways = self._scan(self._bits)
+        return [(self._candidate(way, self._made[way].error),) for way in ways if way[0] == ways[0][0]]
 
     def ready(self, params: Sequence[Params]) -> bool:
-        return self._problem is not None or Alphabet.of(params[0]) in self._made
+        return self._problem is not None or _way(params[0]) in self._made
 
     def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
-        alphabet = Alphabet.of(params[0])
-        if alphabet not in self._made:
+        way = _way(params[0])
+        if way not in self._made:
             problem = self._problem or Problem.of(tasks[0], self._device)
-            self._made[alphabet] = self._quick(tasks[0], alphabet, problem)
-        return (self._made[alphabet],)
+            self._made[way] = self._quick(tasks[0], way, problem)
+        return (self._made[way],)
 
-    def _scan(self, bits: float) -> tuple[tuple[Alphabet, ...], tuple[Alphabet, ...]]:
-        """Return what to try for the bits that a target leaves each number: even steps, and tables."""
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """Numbers of levels that are offered."""
+        if self._opset >= escapes.SINCE:
+            return FINE
+        return tuple(n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n))
+
+    def _scan(self, bits: float) -> tuple[_Way, ...]:
+        """Return what to try for the bits that a target leaves each number."""
+        if self._opset >= escapes.SINCE:
+            rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else (1.25, 2.5)
+            fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
+            return (*(("bits", b) for b in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
-        near = [a for a in _tables(self._weight) if abs(a.bits - bits) <= _APART] if self._tables else []
-        dims = sorted({a.dim for a in near})
-        vectors = (min((a for a in near if a.dim == d), key=lambda a: abs(a.bits - bits)) for d in dims)
-        return tuple(map(Alphabet, levels)), tuple(vectors)
+        return tuple(("levels", n) for n in levels)
 
-    def _quick(self, task: Task, alphabet: Alphabet, problem: Problem) -> Encoded:
-        return problem.encoded(task, alphabet, tries=1, sweeps=0, device=self._device)
+    def _quick(self, task: Task, way: _Way, problem: Problem) -> Encoded:
+        return problem.encoded(task, dict([way]), quick=True, device=self._device)
 
-    def _candidate(self, alphabet: Alphabet, error: float) -> Candidate:
-        params = alphabet.params
+    def _candidate(self, way: _Way, error: float) -> Candidate:
+        params: Params = dict([way])
         return Candidate(
             self._weight.name, Quantized.name, params, Quantized().cost(self._weight, params), error
         )
 
 
-def _tables(weight: Weight) -> list[Alphabet]:
-    """Return the tables for a weight that is one matrix, its numbers stored row by row of the outputs."""
-    fits = weight.op in ("Conv", "Gemm", "MatMul") and weight.transposed and weight.groups == 1
-    whole = fits and _LEAST <= weight.inputs <= MOST_INPUTS
-    return [a for a in TABLES if whole and weight.inputs % a.dim == 0]
+_Way: TypeAlias = tuple[str, float]
+"""Name and value of the one parameter that there is: levels or bits."""
 
 
-def _unit(alphabet: Alphabet) -> float:
-    """Return the step in terms of the integers that a digit decodes to."""
-    return packing.unit(alphabet.levels) if alphabet.dim == 1 else 1.0
+def _way(params: Params) -> _Way:
+    ((name, value),) = params.items()
+    return str(name), value
 
 
-def along(x: float, xs: Array, ys: Array) -> float:
+def _log_levels(way: _Way) -> float:
+    """Return the logarithm of a number of levels, or of what bits are as good as."""
+    return math.log(way[1]) if way[0] == "levels" else way[1] * math.log(2)
+
+
+def _words(integers: Array, params: Params) -> dict[str, Array]:
+    """Return the arrays that hold coded integers."""
+    coded = Coded.of(integers, code_for(float(params["bits"])))
+    words = coded.words()
+    named = {f"words{k}": w for k, w in enumerate(words)}
+    return {"code": np.array([coded.code.run, *coded.code.levels], np.uint8)} | named
+
+
+def _coded(weight: Weight, encoded: Encoded) -> Coded:
+    """Undo :func:`_words`."""
+    run, *levels = encoded.arrays["code"].tolist()
+    code = Code(run, tuple(levels))
+    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(len(levels))], weight.size)
+
+
+def along(x: float, xs: Array, ys: Array, slopes: tuple[float, float] = _SLOPES) -> float:
     """Interpolate; beyond the ends, the slope between them goes on, as far as errors of levels have such."""
-    slope = float(np.clip((ys[-1] - ys[0]) / (xs[-1] - xs[0]), *_SLOPES))
+    slope = slopes[0]
+    if len(xs) > 1:
+        slope = float(np.clip((ys[-1] - ys[0]) / (xs[-1] - xs[0]), *slopes))
     if x < xs[0]:
         return float(ys[0] + slope * (x - xs[0]))
     return float(ys[-1] + slope * (x - xs[-1])) if x > xs[-1] else float(np.interp(x, xs, ys))

@@ -52,11 +52,10 @@ class Curvature:
     damping: Array
 
     @classmethod
-    def of(cls, moment: Array, damping: Array, *, run: int = 1) -> Curvature:
+    def of(cls, moment: Array, damping: Array) -> Curvature:
         """Factor ``moment`` (stack, inputs, inputs), ``damping`` (stack,) added to its diagonal.
 
-        So many consecutive rows as a ``run`` says, a divisor of the inputs, stay together. Where that is not
-        positive definite in its precision, damping grows until it is.
+        Where that is not positive definite in its precision, damping grows until it is.
 
         Raises
         ------
@@ -69,7 +68,7 @@ class Curvature:
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
             )
-        order = _falling(xp.linalg.diagonal(moment), run)
+        order = xp.argsort(-xp.linalg.diagonal(moment), axis=-1, stable=True)
         h = take(moment, order)
         del moment  # large: of every matrix here there is one
         h = take(h, order, axis=1)
@@ -204,16 +203,64 @@ def round_weights(
     return Rounded(xp.astype(digits, kind), scale, error, energy)
 
 
-def _falling(diagonal: Array, run: int) -> Array:
-    """Return the order of falling (stack, inputs) numbers, runs of consecutive ones kept whole."""
-    xp = arrays.namespace(diagonal)
-    stack, inputs = diagonal.shape
-    means = xp.mean(xp.reshape(diagonal, (stack, inputs // run, run)), axis=-1) if run > 1 else diagonal
-    order = xp.argsort(-means, axis=-1, stable=True)
-    if run == 1:
-        return order
-    within = xp.arange(run, dtype=order.dtype)
-    return xp.reshape(order[:, :, None] * run + within, (stack, inputs))
+class Lattice:
+    """A stack of matrices rounded to whole steps, however many, their steps moved by a common factor.
+
+    Parameters
+    ----------
+    w : array of shape (stack, inputs, outputs), float32
+    curvature : Curvature
+    steps : array of shape (stack, outputs), float32
+        The same for all parts of one column.
+    parts : int
+        As of :func:`round_weights`.
+    most : int
+        Steps from zero, at most.
+    """
+
+    def __init__(self, w: Array, curvature: Curvature, steps: Array, *, parts: int, most: int) -> None:
+        self._curvature, self._steps, self._parts, self._most = curvature, steps, parts, float(most)
+        self._w = take(w, curvature.order) / steps[:, None, :]
+        self._hw: Array | None = None
+        self._q = self._hq = self._w
+        self._factor = 1.0
+
+    def round(self, factor: float) -> None:
+        """Round row after row with error feedback, at so many times the steps."""
+        self._factor, unit = factor, self._w / factor
+        if self._curvature.plain:
+            self._q = _nearest(unit, self._most)
+        else:
+            self._q, _ = _feedback(unit, self._curvature.feedback, self._most)
+        self._hw = None
+
+    def sweep(self, factor: float) -> None:
+        """Round every number once more, all others fixed (coordinate descent)."""
+        if self._curvature.plain:
+            return self.round(factor)
+        if self._hw is None:
+            self._hw, self._hq = (_times(self._curvature, x) for x in (self._w, self._q))
+        self._factor, moment = factor, self._curvature.moment
+        self._q, self._hq = _sweep(self._hw / factor, self._q, self._hq, moment, self._most)
+        return None
+
+    @property
+    def integers(self) -> Array:
+        """Whole steps, in the weight's own order of rows, (stack, inputs, outputs) int8."""
+        xp = arrays.namespace(self._q)
+        return xp.astype(take(self._q, xp.argsort(self._curvature.order, axis=-1)), xp.int8)
+
+    def rounded(self) -> Rounded:
+        """Fit the steps once more to the integers."""
+        xp = arrays.namespace(self._q)
+        hw, hq = (_times(self._curvature, x) for x in (self._w, self._q))
+        over, under = (_joined(xp.sum(self._q * x, axis=1), self._parts) for x in (hw, hq))
+        scale = ratio(over, under, xp.full_like(over, self._factor))
+        lost = self._w - self._q * scale[:, None, :]
+        damping, square = self._curvature.damping[:, None], self._steps**2
+        error = xp.sum(lost * (hw - hq * scale[:, None, :]), axis=1) - damping * xp.sum(lost * lost, axis=1)
+        energy = xp.sum(self._w * hw, axis=1) - damping * xp.sum(self._w * self._w, axis=1)
+        return Rounded(self.integers, scale * self._steps, error * square, energy * square)
 
 
 def _upper(h: Array) -> Array | None:

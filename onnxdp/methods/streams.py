@@ -1,14 +1,15 @@
 """Rounded weights of one model drawn together: each stream of digits, each product with steps only once.
 
 A chain of its own costs a weight some 250 bytes of file, as much as 1000 numbers of 2 bits. Here the
-digits of all small weights of the same levels L are one stream of words, which two divisions take apart; the
-streams follow one another, and pieces that are rows of the same shape are multiplied by their steps at once:
+digits of all small weights of the same levels L, or of the same code, are streams of words, which two
+divisions take apart; the integers follow one another, and pieces that are rows of the same shape are
+multiplied by their steps at once:
 
-    words of L -> Div -> Mod -> Gather -> Reshape   (per L)
+    words of L -> Div -> Mod -> Gather -> Reshape   (per L; per stream of a code, see escapes)
     Concat of all -> Cast -> Split                  (once: a piece for each L and shape of a row)
     Concat of pieces -> Reshape -> Mul -> Split     (per shape of a row: the weights)
 
-A further weight of a known L and shape costs 7 bytes. A large weight keeps a chain of its own, because every
+A further weight of a known L or code and shape costs 7 bytes. A large weight keeps a chain of its own, because every
 step here holds a copy of all numbers while ONNX Runtime folds them.
 """
 
@@ -21,17 +22,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxdp.build import DTYPES, TERSE, Builder, nbytes
-from onnxdp.methods import packing
-from onnxdp.methods.packing import Packing
-from onnxdp.methods.tables import Alphabet, table
+from onnxdp.methods import escapes, packing
+from onnxdp.methods.escapes import Code, Coded
+from onnxdp.methods.packing import Grid, Packing
 from onnxdp.records import Array, Weight
 
 SMALL = 1 << 16
 """Numbers of a weight below which it shares a stream."""
 _MOST = 1 << 22
 """Numbers of all streams together: folding holds some 30 bytes for each."""
-_SPREAD = 1 << 20
-"""Numbers of a stream up to which it is taken apart by division, 13 bytes for each, and not by a table."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,11 +40,10 @@ class Part:
     Attributes
     ----------
     weight : Weight
-    packing : Packing
-        Of ``words``.
-    dim : int
-        Numbers that a digit stands for: an entry of a table where it is more than one.
-    words : ndarray of shape (words,)
+    code : Packing or Code
+        Of the integers: how digits go into words, or what several weights may have in common.
+    words : ndarray of shape (words,), or Coded
+        The integers.
     stored : tuple of int
         Shape in which the steps lie along axes.
     steps : ndarray, float32
@@ -55,18 +53,17 @@ class Part:
     """
 
     weight: Weight
-    packing: Packing
-    dim: int
-    words: Array
+    code: Packing | Code
+    words: Array | Coded
     stored: tuple[int, ...]
     steps: Array
     half: bool
     value: ir.Value = field(default_factory=lambda: ir.Value(name=None))
 
     @property
-    def alphabet(self) -> Alphabet:
-        """What a digit stands for."""
-        return Alphabet(self.packing.levels, self.dim)
+    def kind(self) -> tuple[int, ...]:
+        """What parts have in common whose integers are drawn together: a number of levels, or a code."""
+        return (self.code.levels,) if isinstance(self.code, Packing) else (self.code.run, *self.code.levels)
 
     @property
     def row(self) -> tuple[str, tuple[int, ...]] | None:
@@ -125,15 +122,15 @@ def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
 
 def _alone(build: Builder, part: Part) -> None:
     """Draw one weight's chain."""
-    if part.dim == 1:
-        _finished(build, part, packing.draw(build, part.packing, part.words, part.stored))
+    if isinstance(part.words, Coded):
+        value, over = escapes.draw(build, part.words, build.weight)
+        if over:
+            value = packing.head(build, value, 0, part.weight.size)
+        value = build.reshape(value, part.stored, "shaped")
+        _finished(build, part, build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT)))
         return
-    name = f"{build.weight}.words"
-    value, over = _entries(build, part.alphabet, part.packing, part.words, part.weight.size, name)
-    if over:
-        value = build.split(value, [part.weight.size, over])[0]
-    value = build.reshape(value, part.stored, "shaped")
-    _finished(build, part, build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT)))
+    assert isinstance(part.code, Packing)
+    _finished(build, part, packing.draw(build, part.code, part.words, part.stored))
 
 
 def _finished(build: Builder, part: Part, integers: ir.Value) -> None:
@@ -157,14 +154,13 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
     for part in parts:
         rows.setdefault(part.row or id(part), []).append(part)
     streams, sizes, owners = [], [], []
-    alphabets = sorted({p.alphabet for p in parts})
-    wide = any(packing.is_wide(a.levels) for a in alphabets)
-    for alphabet in alphabets:
-        pieces = {k: [p for p in own if p.alphabet == alphabet] for k, own in rows.items()}
+    kinds = sorted({p.kind for p in parts})
+    wide = any(_is_wide(k) for k in kinds)
+    for kind in kinds:
+        pieces = {k: [p for p in own if p.kind == kind] for k, own in rows.items()}
         pieces = {k: own for k, own in pieces.items() if own}
-        digits = np.concatenate([_digits(p) for own in pieces.values() for p in own])
-        stream, left_over = _stream(build, alphabet, digits)
-        if wide and not packing.is_wide(alphabet.levels):  # one type goes into one Concat
+        stream, left_over = _stream(build, [p for own in pieces.values() for p in own])
+        if wide and not _is_wide(kind):  # one type goes into one Concat
             stream = build.node("Cast", [stream], "wide", to=int(ir.DataType.INT16))
         streams.append(stream)
         owners += [*pieces, *([None] if left_over else [])]
@@ -175,7 +171,7 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
     cut = build.split(flat, sizes) if len(sizes) > 1 else [flat]
     for key, own in rows.items():
         mine = [piece for piece, owner in zip(cut, owners, strict=True) if owner == key]
-        _rows(build, sorted(own, key=lambda p: p.alphabet), mine)
+        _rows(build, sorted(own, key=lambda p: p.kind), mine)
 
 
 def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> None:
@@ -193,52 +189,22 @@ def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> 
     build.split(value, [len(p.steps) for p in parts], [p.value for p in parts])
 
 
-def _digits(part: Part) -> Array:
-    return part.packing.unpack(part.words, part.weight.size // part.dim)
+def _is_wide(kind: tuple[int, ...]) -> bool:
+    """Whether integers are int16 and not int8."""
+    return len(kind) == 1 and packing.is_wide(kind[0])
 
 
-def _stream(build: Builder, alphabet: Alphabet, digits: Array) -> tuple[ir.Value, int]:
-    """Store digits and draw them as integers, int8 or int16; also returns how many follow the last."""
-    levels, dim = alphabet
-    name = f"{TERSE}.{levels}" if dim == 1 else f"{TERSE}.{levels}x{dim}"
-    best = Packing.best(levels, digits.size, build.opset)
-    if dim > 1:
-        return _entries(build, alphabet, best, best.pack(digits), digits.size * dim, name)
-    if best.digits == 1:
-        return build.constant("words", packing.centred(levels)[digits], name), 0
-    words = best.pack(digits)
-    if build.opset < 10 or digits.size > _SPREAD:
-        value = packing.rows(build.named(name), best, words)
-    else:
-        value = build.node(
-            "Gather", [packing.grid(build, levels), _spread(build, best, words, name)], "centred"
-        )
-    return build.reshape(value, [len(words) * best.digits], "flat"), len(words) * best.digits - digits.size
-
-
-def _entries(
-    build: Builder, alphabet: Alphabet, packed: Packing, words: Array, size: int, name: str
-) -> tuple[ir.Value, int]:
-    """Draw the entries of a table that words name, int8, in a row; and by how many numbers too many."""
-    levels, dim = alphabet
-    if packed.digits > 1 and build.opset < 10:  # without Mod
-        words, packed = packed.unpack(words, size // dim), Packing(levels, "uint8", 1)
-    held = build.outer.constant("entries", table(alphabet), f"{TERSE}.T{levels}x{dim}")
-    value = build.node("Gather", [held, _spread(build, packed, words, name)], "entries")
-    count = len(words) * packed.digits * dim
-    return build.reshape(value, [count], "flat"), count - size
-
-
-def _spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
-    """Take words apart: (word // L^i) mod L, in uint32 or int32, which runtimes divide alike; int32."""
-    long, int32 = packed.word == "uint32", int(ir.DataType.INT32)
-    value = build.constant("words", words.reshape(-1, 1), name)
-    if not long:
-        value = build.node("Cast", [value], "rows", to=int32)
-    if packed.digits == 1:
-        return value
-    kind = np.dtype("uint32" if long else "int32")
-    places = np.array([[packed.levels**i for i in range(packed.digits)]], kind)
-    value = build.node("Div", [value, build.integers(places)], "shifted")
-    value = build.node("Mod", [value, build.integers(np.array(packed.levels, kind))], "digits")
-    return build.node("Cast", [value], "rows", to=int32) if long else value
+def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
+    """Store the integers of parts of one kind and draw them in a row, int8 or int16; also how many too many."""
+    code = parts[0].code
+    if isinstance(code, Code):
+        integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
+        return escapes.draw(build, Coded.of(np.concatenate(integers), code), f"{TERSE}.{code.run}.{code.levels[0]}")
+    digits = [
+        p.code.unpack(p.words, p.weight.size)
+        for p in parts
+        if isinstance(p.code, Packing) and not isinstance(p.words, Coded)
+    ]
+    return packing.stream(
+        build, np.concatenate(digits), Grid.even(code.levels), f"{TERSE}.{code.levels}"
+    )
