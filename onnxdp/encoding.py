@@ -376,6 +376,7 @@ class Workshop:
             even=even,
             also=self._also,
             opset=self._opset,
+            total=sum(w.size for w in self.weights.values()),
         )
 
     def _task_kept(self, name: str) -> Task:

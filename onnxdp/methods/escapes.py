@@ -1,4 +1,4 @@
-"""Integers of any size as streams of digits, frequent ones in few bits: arrays, and the operators that undo it.
+"""Integers of any size as streams of digits, frequent ones in few bits, and the operators that undo it.
 
 Integers are put in a row, 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream of L levels names one of
 the first L - 1 that the streams before it left over, or escapes: then the next stream says what stands there.
@@ -8,10 +8,10 @@ bits than digits of one size, for the same step; it stays within some 0.1 bits o
 
 Decoding is a chain of ordinary operators, all of which ONNX Runtime folds:
 
-    digits -> Equal(escape) -> NonZero -> Transpose -> ScatterND(digits, places, next stream)
+    digits -> Equal(escape) -> Compress(0 1 2 ...) -> ScatterND(digits, places, next stream)
 
-NonZero's output is as long as the next stream, which its value_info says: without, ONNX Runtime 1.27 and
-later would not fold it (runtime.md section 2).
+Compress gives as many places as the next stream has digits, which its value_info says: without, ONNX Runtime
+1.27 and later would not fold it (runtime.md section 2). NonZero would do the same in twice the time.
 
 References
 ----------
@@ -64,8 +64,10 @@ CODES = (
     (5.0, Code(1, (16, 16, 16, 40, 255))),
     (6.0, Code(1, (23, 23, 23, 40, 255))),
 )
-"""Codes, each with the most bits of an integer that it is for: found on weights of two networks, within 1 % of
-the best code of up to five streams for each of these."""
+"""Codes, each with the most bits of an integer that it is for.
+
+On weights of two networks each is within 1 % of the best code of up to five streams.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,10 @@ class Coded:
     def of(cls, integers: Array, code: Code) -> Coded:
         """Write integers (size,), int8, -126 .. 126, in a code, cut off where the rest is a few bytes."""
         ranks = _ranks(integers)
-        streams = []
+        streams: list[Array] = []
         if (run := code.run) > 1:
             rows = np.pad(ranks, (0, -len(ranks) % run)).reshape(-1, run)
-            told = rows.any(axis=1)
+            told = np.asarray(rows.any(axis=1))
             streams.append(told.astype(np.uint8))
             ranks = rows[told].reshape(-1)
         code = _cut(code, np.bincount(ranks, minlength=2))
@@ -149,9 +151,10 @@ def bits_of(integers: Array, code: Code) -> float:
 
 
 def like(name: str, size: int, bits: float) -> Array:
-    """Return integers (size,) that take so many bits each and no more, int8, the same for a name every time."""
+    """Return integers (size,), int8, that take so many bits each, the same for a name every time."""
     few = _some(min(size, _ENOUGH), bits)
-    return np.resize(np.roll(few, zlib.crc32(name.encode()) % size), size)
+    made: Array = np.resize(np.roll(few, zlib.crc32(name.encode()) % size), size)
+    return made
 
 
 @cache
@@ -162,7 +165,8 @@ def _some(size: int, bits: float) -> Array:
     drawn = rng.laplace(size=size).astype(np.float32)
 
     def rounded(factor: float) -> Array:
-        return np.rint(np.clip(drawn * np.float32(factor), -MOST, MOST)).astype(np.int8)
+        made: Array = np.rint(np.clip(drawn * np.float32(factor), -MOST, MOST)).astype(np.int8)
+        return made
 
     low, high = -6.0, 8.0
     for _ in range(24):
@@ -175,7 +179,7 @@ def _some(size: int, bits: float) -> Array:
 
 
 def _cut(code: Code, counts: Array) -> Code:
-    """Return the code with its last stream where that takes the fewest bytes, and no more levels than needed."""
+    """Return the code, its last stream where that takes the fewest bytes, of no more levels than needed."""
     first = code.run > 1
     most, left = int(np.flatnonzero(counts).max(initial=0)), _left(counts)
     found, before, start = [], 0.0, 0
@@ -191,7 +195,8 @@ def _cut(code: Code, counts: Array) -> Code:
 
 def _left(counts: Array) -> Array:
     """Return how many there are of each rank and above."""
-    return np.append(np.cumsum(counts[::-1])[::-1], 0)
+    left: Array = np.append(np.cumsum(counts[::-1])[::-1], 0)
+    return left
 
 
 def code_for(bits: float) -> Code:
@@ -222,20 +227,29 @@ def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
         if k == 0:
             count = digits.size + more
             if run > 1:
-                wide = build.node("Expand", [build.reshape(drawn, [count, 1], "told"), build.ints([1, run])], "runs")
-                drawn = build.reshape(wide, [count * run], "flat")
-            over = count * run - coded.size
-        elif more:
-            drawn = packing.head(build, drawn, 0, digits.size)
+                told = build.reshape(drawn, [count, 1], "told")
+                drawn = build.node("Expand", [told, build.ints([1, run])], "runs")
+                drawn = build.reshape(drawn, [count * run], "flat")
+            count *= run
+            over = count - coded.size
+        else:
+            count = digits.size
+            drawn = packing.head(build, drawn, 0, count) if more else drawn
         if value is not None:
             escape = build.constant("escape", np.array(_ESCAPE, np.int8), TERSE)
-            places = build.node("NonZero", [build.node("Equal", [drawn, escape], "escapes")], "places")
-            build.tell(places, ir.DataType.INT64, (1, coded.streams[k + 1].size))
-            places = build.node("Transpose", [places], "places")
+            escapes = build.node("Equal", [drawn, escape], "escapes")
+            places = build.node("Compress", [_places(build, count), escapes], "places", axis=0)
+            build.tell(places, ir.DataType.INT64, (coded.streams[k + 1].size, 1))
             drawn = build.node("ScatterND", [drawn, places, value], "integers")
         value = drawn
     assert value is not None
     return value, over
+
+
+def _places(build: Builder, count: int) -> ir.Value:
+    """Draw 0, 1, ... as a column."""
+    ends = [build.integers(np.array(n, np.int64)) for n in (0, count, 1)]
+    return build.reshape(build.node("Range", ends, "numbers"), [-1, 1], "places")
 
 
 def _ranks(integers: Array) -> Array:

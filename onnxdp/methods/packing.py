@@ -171,7 +171,8 @@ class Grid(NamedTuple):
     def even(cls, levels: int) -> Grid:
         """Return the centred integers of :func:`unit`."""
         step = 1 if levels % 2 else 2
-        return cls(f"L{levels}", tuple(range(-(step * (levels - 1)) // 2, step * (levels - 1) // 2 + 1, step)))
+        most = step * (levels - 1) // 2
+        return cls(f"L{levels}", tuple(range(-most, most + 1, step)))
 
     @property
     def values(self) -> Array:

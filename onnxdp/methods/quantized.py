@@ -1,4 +1,4 @@
-"""Rounded weights: whole numbers and one step per output, packed into words and decoded when a session is made.
+"""Rounded weights: whole numbers and a step per output, packed into words, decoded when a session is made.
 
     W' = s q,    s in float16, one per output
 
@@ -57,6 +57,8 @@ MOST_INPUTS = 6144
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
+_WORTH = 8192
+"""Bytes of rounded weights from which codes are worth their operators, some 600 bytes each."""
 _NEAR = 0.001
 """Share of its bits that a weight may leave over, or some ..."""
 _FEW = 4
@@ -216,9 +218,7 @@ class Problem:
             made = {"words": words, "scale": kept(scale, packing.unit(levels))}
         return Encoded(task.weight.name, Quantized.name, dict(params), made, error)
 
-    def _rounded(
-        self, task: Task, levels: int, *, quick: bool, device: str
-    ) -> tuple[Array, Array, float]:
+    def _rounded(self, task: Task, levels: int, *, quick: bool, device: str) -> tuple[Array, Array, float]:
         """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
         tries, sweeps = (1, 0) if quick else (3, 3)
         given = self._given(task, device)
@@ -268,9 +268,7 @@ class Problem:
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
         return flat, scale, error * 2 ** (got - bits) if quick else error
 
-    def _joined(
-        self, task: Task, made: Sequence[Rounded], unit: float
-    ) -> tuple[Array, Array, float]:
+    def _joined(self, task: Task, made: Sequence[Rounded], unit: float) -> tuple[Array, Array, float]:
         """Put halves together: digits (stack, rows, outputs), steps and the relative error."""
         digits, scales, errors, energies = (
             np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
@@ -356,12 +354,12 @@ class _Given:
         return [arrays.to_device(np.ascontiguousarray(sizes[:, c]), device) for c in self.columns]
 
     def start(self, weight: Weight, code: Code, bits: float) -> tuple[float, float]:
-        """Return a factor of the steps that plainly rounded numbers take so many bits at, and how fast these
+        """Return the factor of the steps at which plainly rounded numbers take so many bits.
 
-        fall where it doubles.
+        Also how many bits fewer they take where it doubles.
         """
         unit = self.host / self.sizes()[:, None, :]
-        stack, inputs, outputs = self.shape
+        stack, _, outputs = self.shape
         stride = max(1, unit.size // _LOOKED)
         few = unit[:, :, ::stride] if outputs > stride else unit[::stride] if stack > stride else unit
         flat = (few.swapaxes(1, 2) if weight.transposed else few).reshape(-1)
@@ -402,6 +400,7 @@ class _Roundings:
         self._weight = task.weight
         self._device = device
         self._opset = task.opset
+        self._total = task.total
         self._problem: Problem | None = None
         self._made = {_way(e.params): e for e in kept}
         self._bits = task.bits
@@ -439,11 +438,9 @@ class _Roundings:
                 xs = np.array([_log_levels(way) for way in tried])
                 errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
                 slopes = _SLOPES if len(tried) > 1 else (-1.0, -1.0)
-                finest = [n for n in offered if kind == "bits" or n in self._levels]
-                found += [
-                    self._candidate((kind, n), float(np.exp(along(_log_levels((kind, n)), xs, errors, slopes))))
-                    for n in finest
-                ]
+                for way in ((kind, n) for n in offered if kind == "bits" or n in self._levels):
+                    error = np.exp(along(_log_levels(way), xs, errors, slopes))
+                    found.append(self._candidate(way, float(error)))
         return [(c,) for c in found]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
@@ -464,18 +461,22 @@ class _Roundings:
     @property
     def _levels(self) -> tuple[int, ...]:
         """Numbers of levels that are offered."""
-        if self._opset >= escapes.SINCE:
+        if self._is_coded(self._bits):
             return FINE
         return tuple(n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n))
 
     def _scan(self, bits: float) -> tuple[_Way, ...]:
         """Return what to try for the bits that a target leaves each number."""
-        if self._opset >= escapes.SINCE:
+        if self._is_coded(bits):
             rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else (1.25, 2.5)
             fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
             return (*(("bits", b) for b in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
         return tuple(("levels", n) for n in levels)
+
+    def _is_coded(self, bits: float) -> bool:
+        """Whether frequent numbers take fewer bits: all weights together are worth what decodes them."""
+        return self._opset >= escapes.SINCE and bits * self._total >= 8 * _WORTH
 
     def _quick(self, task: Task, way: _Way, problem: Problem) -> Encoded:
         return problem.encoded(task, dict([way]), quick=True, device=self._device)
@@ -493,7 +494,8 @@ _Way: TypeAlias = tuple[str, float]
 
 def _way(params: Params) -> _Way:
     ((name, value),) = params.items()
-    return str(name), value
+    assert not isinstance(value, str)
+    return name, value
 
 
 def _log_levels(way: _Way) -> float:

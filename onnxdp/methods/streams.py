@@ -9,8 +9,8 @@ multiplied by their steps at once:
     Concat of all -> Cast -> Split                  (once: a piece for each L and shape of a row)
     Concat of pieces -> Reshape -> Mul -> Split     (per shape of a row: the weights)
 
-A further weight of a known L or code and shape costs 7 bytes. A large weight keeps a chain of its own, because every
-step here holds a copy of all numbers while ONNX Runtime folds them.
+A further weight of a known L or code and shape costs 7 bytes. A large weight keeps a chain of its own, since
+every step here holds a copy of all numbers while ONNX Runtime folds them.
 """
 
 from __future__ import annotations
@@ -195,16 +195,16 @@ def _is_wide(kind: tuple[int, ...]) -> bool:
 
 
 def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
-    """Store the integers of parts of one kind and draw them in a row, int8 or int16; also how many too many."""
+    """Store the integers of parts of one kind and draw them in a row, with how many too many there are."""
     code = parts[0].code
     if isinstance(code, Code):
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
-        return escapes.draw(build, Coded.of(np.concatenate(integers), code), f"{TERSE}.{code.run}.{code.levels[0]}")
+        return escapes.draw(
+            build, Coded.of(np.concatenate(integers), code), f"{TERSE}.{code.run}.{code.levels[0]}"
+        )
     digits = [
         p.code.unpack(p.words, p.weight.size)
         for p in parts
         if isinstance(p.code, Packing) and not isinstance(p.words, Coded)
     ]
-    return packing.stream(
-        build, np.concatenate(digits), Grid.even(code.levels), f"{TERSE}.{code.levels}"
-    )
+    return packing.stream(build, np.concatenate(digits), Grid.even(code.levels), f"{TERSE}.{code.levels}")
