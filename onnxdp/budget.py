@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxdp import planner, stats
 from onnxdp.damage import Search
+from onnxdp.encoder import NEAR
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.model import Model
@@ -29,9 +30,6 @@ from onnxdp.weights import Found
 
 MIN_GAIN = 0.01
 """Share of the bytes that must be saved for a result to be worth writing."""
-
-NEAR = 0.001
-"""Share of the budget that may be left over."""
 
 KEPT = 0.3
 """About the share of a file beside its weights that is left once names are short and biases are float16."""

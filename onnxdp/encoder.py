@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from onnxdp import model as model_file
 from onnxdp import stats
 from onnxdp.damage import REWEIGHED, Search
 from onnxdp.encoding import Workshop
 from onnxdp.network import Network
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
-from onnxdp.records import Candidate, Made
+from onnxdp.records import Candidate, Encoded, Made
 from onnxdp.refine import KEPT, Original, refine
+from onnxdp.result import Rewriter
 from onnxdp.settings import Progress, Settings
 
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
+
+NEAR = 0.001
+"""Share of the budget that may be left over."""
 
 MANY = 96
 """Samples from which every other feed is enough for arrays that are only measured."""
@@ -34,6 +40,9 @@ class Encoder:
     fit: Probes
     settings: Settings
     progress: Progress
+    rewriter: Rewriter
+    budget: int | None = None
+    """Bytes that the whole file may have."""
     _originals: dict[bool, Original] = field(default_factory=dict)
     """Whether quick -> what is kept of the network as it was."""
 
@@ -82,7 +91,22 @@ class Encoder:
             again = quick or self.settings.error_target is not None
             small = stats.macs(self.workshop.found.weights) <= REWEIGHED
             self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
-        original = self._originals[quick]
         return refine(
-            self.workshop, self.network, probes, choices, self.progress, quick=quick, original=original
+            self.workshop,
+            self.network,
+            probes,
+            choices,
+            self.progress,
+            quick=quick,
+            original=self._originals[quick],
+            room=None if quick or self.budget is None else partial(self._room, choices, self.budget),
         )
+
+    def _room(
+        self, choices: Sequence[Candidate], budget: int, encoded: Sequence[Encoded]
+    ) -> tuple[int, float]:
+        """Return the bytes left once all choices are in the file, those encoded by now as they are."""
+        done = {e.weight for e in encoded}
+        rest = self.workshop.outline([c for c in choices if c.weight not in done])
+        made = self.rewriter.rewritten([*encoded, *rest], self.workshop.no_shifts([*encoded, *rest]))
+        return budget - model_file.output_size(made), max(NEAR * budget, 64)

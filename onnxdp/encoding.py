@@ -313,12 +313,16 @@ class Workshop:
         lack: Array | None = None,
         *,
         quick: bool = False,
+        spare: float = 0.0,
     ) -> Encoded:
-        """Encode another tensor in the form of a candidate that shares nothing, on other samples."""
+        """Encode another tensor in the form of a candidate that shares nothing, on other samples.
+
+        Its numbers may take so many bits more as there are to ``spare``.
+        """
         weight = self.weights[candidate.weight]
         form = self.forms[candidate.method]
         seen = None if self._settings.unweighted else samples
-        task = Task(weight, tensor, seen, False, self._bits, lack, quick)
+        task = Task(weight, tensor, seen, False, self._bits, lack, quick, spare=spare)
         with arrays.one_blas_thread():
             return form.encode(task, candidate.params, self._settings, device=self._device)
 

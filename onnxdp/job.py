@@ -189,6 +189,8 @@ class Job:
             if known is not None:
                 workshop.restore(known.solved)
             workshop.solve(network, fit, progress)
+        rewriter = Rewriter(model, found, workshop, settings)
+        budget = settings.budget(model.nbytes) if plan is None else plan.budget
         job = cls(
             original,
             model,
@@ -204,8 +206,8 @@ class Job:
             thinner,
             dropped,
             whole,
-            Encoder(workshop, network, fit, settings, progress),
-            Rewriter(model, found, workshop, settings),
+            Encoder(workshop, network, fit, settings, progress, rewriter, budget),
+            rewriter,
             seconds,
             started,
             _measured={} if known is None else dict(known.damages),
@@ -252,6 +254,8 @@ class Job:
         What was read, probed, solved and measured is shared; the job itself is not to be asked any more.
         """
         self.workshop.aim(budgets.bits_left(self.original, self.whole, self.found, settings))
+        rewriter = replace(self.rewriter, settings=settings, narrowed=True)
+        budget = settings.budget(self.model.nbytes)
         return replace(
             self,
             settings=settings,
@@ -260,8 +264,10 @@ class Job:
             seconds={},
             started=time.perf_counter(),
             _encoded=None,
-            encoder=replace(self.encoder, settings=settings, progress=progress),
-            rewriter=replace(self.rewriter, settings=settings, narrowed=True),
+            encoder=replace(
+                self.encoder, settings=settings, progress=progress, rewriter=rewriter, budget=budget
+            ),
+            rewriter=rewriter,
         )
 
     @property

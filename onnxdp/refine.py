@@ -14,9 +14,10 @@ method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
@@ -37,6 +38,16 @@ RIDGE = (0.03, 0.3)
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
+_CLOSED = 4
+"""Times that a weight is encoded again to fill a file ..."""
+_LARGE = 0.05
+"""... that holds this share of the numbers ..."""
+_SPARE = 0.5
+"""... and whose own may take so many bits more or less."""
+
+Room: TypeAlias = Callable[[Sequence[Encoded]], tuple[int, float]]
+"""Gives the bytes left over, and how many may be."""
+
 KEPT = 64_000_000
 """Bytes of what the original's weights put out that may be kept for another round."""
 
@@ -50,6 +61,7 @@ def refine(
     *,
     quick: bool = False,
     original: Original | None = None,
+    room: Room | None = None,
 ) -> Made:
     """Encode the choices one after the other, each on the compressed network's own activations.
 
@@ -65,6 +77,9 @@ def refine(
         Whether the result is only to be measured.
     original : Original, optional
         Of the same network and probes, from an earlier call that was as quick.
+    room : callable, optional
+        Tells how many bytes a file has left for what is encoded by then and the choices of the others: one of
+        the last weights takes them up.
 
     Returns
     -------
@@ -84,6 +99,7 @@ def refine(
         key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight]),
     )
     later = {c.weight for c in order}
+    closing = _closing(workshop, order) if room is not None else ()
     encoded = {e.weight: e for e in workshop.encode([c for c in choices if c.weight not in later])}
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
@@ -101,13 +117,30 @@ def refine(
                 partial(original.aims, spot, w, workshop.seed),
                 partial(_look, compressed, spot, changes, workshop.seed),
             )
-            new, shift = _refit(workshop, choice, tensor, w, aims, seen, quick=quick)
+            fit = partial(_refit, workshop, choice, tensor, w, aims, seen, quick=quick)
+            new, shift = fit()
+            spare = 0.0
+            for _ in range(_CLOSED if choice.weight in closing else 0):
+                assert room is not None
+                left, near = room([*encoded.values(), new])
+                if 0 <= left <= near:
+                    break
+                spare += 8 * (left - near / 2) / weight.size
+                new, shift = fit(spare=min(max(spare, -_SPARE), _SPARE))
         encoded[choice.weight] = new
         if spot.centred:
             shifts[choice.weight] = shift
         changes.update(workshop.fed(network, [new], shifts))
     original.rest()
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
+
+
+def _closing(workshop: Workshop, order: Sequence[Candidate]) -> Sequence[str]:
+    """Name the weights from the last on whose numbers are so many that some bytes more or less hardly matter."""
+    total = sum(workshop.weights[c.weight].size for c in order)
+    names = [c.weight for c in order if "bits" in c.params]
+    large = [i for i, n in enumerate(names) if workshop.weights[n].size >= _LARGE * total]
+    return names[large[-1] :] if large else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +244,14 @@ def _refit(
     seen: Seen,
     *,
     quick: bool,
+    spare: float = 0.0,
 ) -> tuple[Encoded, Array]:
     """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
     arrays.trim()
     weight = workshop.weights[choice.weight]
     lack = aims.rows - seen.gives(w)
     if workshop.forms[choice.method].sequential:
-        new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick)
+        new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick, spare=spare)
     else:
         moved = w + ALPHA * _ridge_solve(seen.rows, lack)
         new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen.rows)

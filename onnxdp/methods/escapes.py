@@ -41,6 +41,8 @@ SINCE = 11
 """Operator set from which there is ScatterND."""
 _ENOUGH = 1 << 16
 """Integers that stand for more."""
+_MIXED = 0.35
+"""Deviation of the logarithm of the sizes that normal numbers are mixed of, to be like weights."""
 _DRAWN = 110
 """Bytes of the operators that decode one stream, about."""
 
@@ -162,7 +164,8 @@ def _some(size: int, bits: float) -> Array:
     """Return integers whose sizes fall off as those of weights do."""
     code = code_for(bits)
     rng = np.random.default_rng(0)
-    drawn = rng.laplace(size=size).astype(np.float32)
+    drawn = rng.standard_normal(size) * np.exp(_MIXED * rng.standard_normal(size))
+    drawn = drawn.astype(np.float32)
 
     def rounded(factor: float) -> Array:
         made: Array = np.rint(np.clip(drawn * np.float32(factor), -MOST, MOST)).astype(np.int8)

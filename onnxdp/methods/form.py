@@ -57,6 +57,8 @@ class Task:
     """What further targets leave, that the same solution is to serve (:class:`Aimed`)."""
     opset: int = 17
     """Of the model: what may decode the weight's new form."""
+    spare: float = 0.0
+    """Bits of each number beyond those that the params say, to fill a file."""
     total: int = 1 << 20
     """Numbers of all the model's weights: what decodes them is shared."""
 

@@ -234,6 +234,7 @@ class Problem:
         All steps are moved by one factor until the bits are near, however often that takes.
         """
         weight, code = task.weight, code_for(bits)
+        bits += task.spare
         given = self._given(task, device)
         lattices = [
             Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
