@@ -57,6 +57,7 @@ class Paper:
         self.decoding: dict[ir.Graph, list[ir.Node]] = {}
         self.pools: dict[tuple[int, tuple[int, ...]], list[_Vector]] = {}
         self.waiting: dict[str, tuple[Callable[[Builder, list[Any]], None], list[Any]]] = {}
+        self.row: tuple[ir.Value | None, int] = None, 0
         self._taken: set[str] = set()
         self._terse = 0
         for graph in (model.graph, *model.graph.subgraphs()):
@@ -92,6 +93,10 @@ class Paper:
         for (axis, _), vectors in self.pools.items():
             read = [v for v in vectors if v.value.uses() or v.value.is_graph_output()]
             poured += _pour(self, axis, read) if read else []
+        row, count = self.row
+        if row is not None:
+            ends = [Builder(self.graph, TERSE, self).integers(np.array(n, np.int32)) for n in (0, count, 1)]
+            poured.append(ir.node("Range", ends, outputs=[row], name=""))
         if poured:
             self.decoding[self.graph] = poured + self.decoding.get(self.graph, [])
         for graph, nodes in self.decoding.items():
@@ -193,6 +198,15 @@ class Builder:
         outer, paper = self._paper.graph, self._paper
         key = f"integers {array.dtype} {array.shape} {array.tolist()}"
         return self._once(outer, key, lambda: self._kept(outer, briefly(array, paper.terse())))
+
+    def counted(self, count: int) -> ir.Value:
+        """Return 0, 1, ... in int32, ``count`` of them or more, drawn once for all weights."""
+        row, most = self._paper.row
+        if row is None:
+            row = ir.Value(name=self._paper.terse())
+            self.promise(row)
+        self._paper.row = row, max(most, count)
+        return row
 
     def zero(self, dtype: str) -> ir.Value:
         """Return one zero (the bias that Gemm must have before opset 11), stored once for all weights."""

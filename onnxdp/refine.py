@@ -136,7 +136,7 @@ def refine(
 
 
 def _closing(workshop: Workshop, order: Sequence[Candidate]) -> Sequence[str]:
-    """Name the weights from the last on whose numbers are so many that some bytes more or less hardly matter."""
+    """Name the last large weight, where some bytes more or less hardly matter, and those after it."""
     total = sum(workshop.weights[c.weight].size for c in order)
     names = [c.weight for c in order if "bits" in c.params]
     large = [i for i, n in enumerate(names) if workshop.weights[n].size >= _LARGE * total]

@@ -31,7 +31,7 @@ _MOST = 2047
 """Most levels: float16, which takes 16 bits where they take 11, is as near from there on."""
 _ROWS = 1 << 16
 """Of a table, at most."""
-_SPREAD = 1 << 20
+_SPREAD = 1 << 18
 """Digits of a stream up to which it is taken apart by division, 13 bytes for each, and not by a table."""
 _BLOCK = 1 << 20
 """Words that are packed at a time, to hold no second copy of a large weight."""
