@@ -11,8 +11,8 @@ Decoding is a chain of ordinary operators, all of which ONNX Runtime folds:
     digits -> Equal(escape) -> Compress(0 1 2 ...) -> ScatterElements(digits, places, next stream)
 
 Compress gives as many places as the next stream has digits, which its value_info says: without, ONNX Runtime
-1.27 and later would not fold it (runtime.md section 2). It takes one row of numbers for all streams, in 32 bits:
-NonZero and ScatterND take twice the time and, in 64 bits, twice the memory of the weights.
+1.27 and later would not fold it (runtime.md section 2). One row of 32-bit numbers serves all streams; NonZero
+and ScatterND, in 64 bits, take twice the time and twice the memory of the weights.
 
 References
 ----------
