@@ -145,7 +145,13 @@ class Workshop:
                 if not isinstance(form, Restorable):
                     continue
                 made = kept.made.get((form.name, w.name), ())
-                self._require_fit(form, w, made)
+                for e in made:
+                    form.check(w, e.params)
+                    if not form.fits(w, e):
+                        raise UsageError(
+                            f"The analysis holds arrays that do not fit {w.name}; make it again with "
+                            "--save-analysis."
+                        )
                 solved = form.restored(self._task(w, None), made, self._settings, device=self._device)
                 if solved is not None:
                     self._solved[form.name, (w.name,)] = solved
@@ -159,17 +165,6 @@ class Workshop:
             if isinstance(solved, Keeping)
         }
         return Solutions(dict(self._means), made)
-
-    def _require_fit(self, form: Form, weight: Weight, made: Sequence[Encoded]) -> None:
-        """Refuse arrays that are not what the form would make of a weight."""
-        for e in made:
-            form.check(weight, e.params)
-            like = form.outline(weight, e.params).arrays
-            if {n: a.shape for n, a in like.items()} != {n: a.shape for n, a in e.arrays.items()}:
-                raise UsageError(
-                    f"The analysis holds arrays that do not fit {weight.name}; make it again with "
-                    "--save-analysis."
-                )
 
     def _supporting(self, weight: Weight) -> list[Form]:
         return [f for f in self.forms.values() if f.supports(weight) is None]

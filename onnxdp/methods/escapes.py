@@ -100,7 +100,7 @@ class Coded:
             told = np.asarray(rows.any(axis=1))
             streams.append(told.astype(np.uint8))
             ranks = rows[told].reshape(-1)
-        code = _cut(code, np.bincount(ranks, minlength=2))
+        code = _cut(code, np.bincount(ranks, minlength=2)) if ranks.size else Code(run, code.levels[:1])
         levels = code.levels[1:] if run > 1 else code.levels
         for k, count in enumerate(levels):
             streams.append(np.minimum(ranks, count - 1).astype(np.uint8))
@@ -110,11 +110,20 @@ class Coded:
 
     @classmethod
     def unpacked(cls, code: Code, words: Sequence[Array], size: int) -> Coded:
-        """Take the digits out of :meth:`words`."""
+        """Take the digits out of :meth:`words`.
+
+        Raises
+        ------
+        ValueError
+            They are not words of that code, or of another number of integers.
+        """
         streams: list[Array] = []
         count = -(-size // code.run)
-        for k, (levels, packed) in enumerate(zip(code.levels, words, strict=True)):
-            digits = Packing.best(levels, count, SINCE).unpack(packed, count)
+        for k, (levels, held) in enumerate(zip(code.levels, words, strict=True)):
+            packed = Packing.best(levels, count, SINCE)
+            if held.dtype != packed.word or held.shape != (-(-count // packed.digits),):
+                raise ValueError(f"Stream {k} is not {count} digits of {levels} levels.")
+            digits = packed.unpack(held, count)
             streams.append(digits)
             count = int(np.count_nonzero(digits == levels - 1)) * (1 if k else code.run)
         return cls(code, tuple(streams), size)

@@ -104,6 +104,9 @@ class Restorable(Protocol):
     ) -> Solved | None:
         """Return the solution of an earlier run, None where what it kept is not enough for the task."""
 
+    def fits(self, weight: Weight, encoded: Encoded) -> bool:
+        """Whether arrays are such as encoding the weight would give."""
+
 
 @runtime_checkable
 class Lighter(Protocol):

@@ -59,6 +59,10 @@ class Float16:
         """Round; nothing needs to be kept."""
         return _Rounded(task)
 
+    def fits(self, weight: Weight, encoded: Encoded) -> bool:
+        """Refuse everything: nothing is kept."""
+        return False
+
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round."""
         return _Rounded(task).encode([task], [params])[0]

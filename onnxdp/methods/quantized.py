@@ -139,6 +139,18 @@ class Quantized:
         made = _Roundings(task, device, kept=kept)
         return None if made.missing(task) else made
 
+    def fits(self, weight: Weight, encoded: Encoded) -> bool:
+        """Compare shapes with an outline's; the words of a code have to be as many as its digits take."""
+        made, like = encoded.arrays, self.outline(weight, encoded.params).arrays
+        if "bits" not in encoded.params:
+            return {n: a.shape for n, a in made.items()} == {n: a.shape for n, a in like.items()}
+        try:
+            coded = _coded(weight, encoded)
+        except (ValueError, KeyError):
+            return False
+        roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams)))}
+        return set(made) == roles and made["scale"].shape == like["scale"].shape
+
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
         return Problem.of(task, device).encoded(task, params, quick=task.quick, device=device)
