@@ -31,6 +31,9 @@ from onnxdp.weights import Found
 MIN_GAIN = 0.01
 """Share of the bytes that must be saved for a result to be worth writing."""
 
+NEARLY = 0.004
+"""Share that may be left to a weight whose numbers can take a little more."""
+
 KEPT = 0.3
 """About the share of a file beside its weights that is left once names are short and biases are float16."""
 
@@ -101,7 +104,7 @@ class Budget:
                     break
             else:
                 best, low = choice, room
-                if -over <= max(self.nbytes * NEAR, 64) or not self.search.workshop.sequential:
+                if -over <= self._near(choice) or not self.search.workshop.sequential:
                     break
             # Below what was chosen, where that is too much: else the same choice comes again.
             room = min(room, choice.nbytes) - max(over, 64) if over > 0 else room - over
@@ -120,7 +123,7 @@ class Budget:
         """Spend what steps between choices left over on single weights, as far as the file still fits."""
         left = self.nbytes - self.rewriter.size(choice)
         for _ in range(8):
-            if left <= max(self.nbytes * NEAR, 64):
+            if left <= self._near(choice):
                 break
             more = self.search.filled(choice, left)
             if more.candidates == choice.candidates:
@@ -128,6 +131,11 @@ class Budget:
             over = self.rewriter.size(more) - self.nbytes
             choice, left = (choice, left - over) if over > 0 else (more, -over)
         return choice
+
+    def _near(self, choice: Choice) -> float:
+        """Return the bytes that a choice may leave over: more where encoding fills the file (see refine)."""
+        fills = any("bits" in c.params for c in choice.candidates.values())
+        return max(self.nbytes * (NEARLY if fills else NEAR), 64)
 
     def _checked(self, choice: Choice, room: int) -> Choice:
         """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""

@@ -65,7 +65,7 @@ _FEW = 4
 """... bits in all."""
 _CORRECTED = 8
 """Times that steps are corrected, after the sweeps, so that the bits are near."""
-_LOOKED = 1 << 16
+_LOOKED = 1 << 14
 """Numbers, about, whose bits tell where to start."""
 
 _TAKEN_APART = 10
@@ -382,7 +382,7 @@ class _Given:
             return bits_of(near.astype(np.int8), code) / flat.size
 
         low, high = -8.0, 6.0
-        for _ in range(14):
+        for _ in range(10):
             middle = (low + high) / 2
             if taken(2.0**middle) > bits:
                 low = middle

@@ -29,6 +29,8 @@ from onnxdp.records import Array, Weight
 
 SMALL = 1 << 16
 """Numbers of a weight below which it shares a stream."""
+_SURELY = 12
+"""Weights from which that is smaller for sure."""
 _MOST = 1 << 22
 """Numbers of all streams together: folding holds some 30 bytes for each."""
 
@@ -95,13 +97,18 @@ def _all(outer: Builder, places: Sequence[Place]) -> None:
             small.append((build, part))
     together = {id(part) for _, part in small}
     joined = [part for _, part in places if id(part) in together]
-    if len(joined) < 2 or _bytes(outer.opset, joined, join=True) >= _bytes(outer.opset, joined, join=False):
+    if len(joined) < _SURELY and not _pays(outer.opset, joined):
         together = set()
     for build, part in places:
         if id(part) not in together:
             _alone(build, part)
     if together:
         _join(outer, joined)
+
+
+def _pays(opset: int, parts: Sequence[Part]) -> bool:
+    """Whether parts are smaller drawn together."""
+    return len(parts) > 1 and _bytes(opset, parts, join=True) < _bytes(opset, parts, join=False)
 
 
 def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
