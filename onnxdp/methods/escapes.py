@@ -40,6 +40,8 @@ MOST = 126
 _ESCAPE = 127
 SINCE = 11
 """Operator set from which there is ScatterElements."""
+_ABOVE = 1.1
+"""Bits that a code is to have over those of zeros alone."""
 _ENOUGH = 1 << 16
 """Integers that stand for more."""
 _MIXED = 0.35
@@ -147,6 +149,11 @@ class Coded:
             value = digits
         assert value is not None
         return value[: self.size]
+
+
+def least_bits(code: Code) -> float:
+    """Return the bits of an integer below which hardly any could be other than zero."""
+    return _ABOVE * _bits(code.levels[0]) / code.run
 
 
 def bits_of(integers: Array, code: Code) -> float:

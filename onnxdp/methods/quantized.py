@@ -246,7 +246,7 @@ class Problem:
         All steps are moved by one factor until the bits are near, however often that takes.
         """
         weight, code = task.weight, code_for(bits)
-        bits += task.spare
+        bits = max(bits + task.spare, escapes.least_bits(code))
         given = self._given(task, device)
         lattices = [
             Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
@@ -275,7 +275,7 @@ class Problem:
                 break
             factor *= 2 ** ((got - bits + near / 2) / slope)
             got = go(Lattice.sweep, factor)
-        while not quick and got > bits:
+        while not quick and got > bits and flat.any():
             factor *= 1.02
             got = go(Lattice.sweep, factor)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
