@@ -1,4 +1,4 @@
-"""Integers of any size come back from their codes, everywhere; bytes are foreseen; rounding to whole steps."""
+"""Integers of any size come back from their codes; bytes are foreseen; rounding to whole steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from rewriting import FORMS, draw, find, model, nodes_of, rewrite, session
-from test_forms import weight_of
+from test_forms import SPARED, weight_of
 from test_packing import X, assert_decodes, finished, part_of, sheet, together
 from test_rounding import EPS32, curved, problem, quadratic
 
 from onnxdp import model as model_file
 from onnxdp import walk
-from onnxdp.build import Builder
+from onnxdp.build import Builder, nbytes
 from onnxdp.methods import escapes, packing, quantized, streams
 from onnxdp.methods.escapes import CODES, MOST, Coded, bits_of, code_for, like
 from onnxdp.methods.form import Task
@@ -100,7 +100,7 @@ def test_zeros_come_back(code, zeros):
     coded = Coded.of(integers, code)
     words = coded.words()
     assert np.array_equal(Coded.unpacked(coded.code, words, zeros).integers(), integers)
-    assert sum(w.nbytes for w in words) <= -(-zeros // 8) + 4  # a bit each, and a last word
+    assert sum(w.nbytes for w in words) <= zeros // 8 + 64  # a bit each, or bytes where they are few
 
 
 # ---- bits
@@ -123,8 +123,7 @@ def test_bits_are_those_of_the_words(code):
     assert len(coded.streams) > 2
     for digits, words, levels in zip(coded.streams, coded.words(), coded.code.levels, strict=True):
         least = min(p.nbytes(digits.size) for p in packing.offered(levels, 17))
-        # a shorter word whose operators are fewer may be taken: some 100 bytes (test_packing)
-        assert least <= words.nbytes <= least + 128
+        assert words.nbytes == Packing.best(levels, digits.size, 17).nbytes(digits.size) >= least
     packed = sum(
         min(p.nbytes(d.size) for p in packing.offered(n, 17))
         for n, d in zip(coded.code.levels, coded.streams, strict=True)
@@ -135,12 +134,28 @@ def test_bits_are_those_of_the_words(code):
 
 
 def test_codes_stay_near_the_entropy():
-    for bits in RATES[5:]:
+    """Sizes that fall off exponentially are within a quarter of a bit, at few bits."""
+    for bits in RATES[: RATES.index(3.25) + 1]:
         integers = like("w", 1 << 16, bits)
         share = np.unique(integers, return_counts=True)[1] / integers.size
         entropy = -float(np.sum(share * np.log2(share)))
-        assert entropy <= bits_of(integers, code_for(bits)) / integers.size * 1.001
-        assert bits_of(integers, code_for(bits)) / integers.size <= entropy + 0.13
+        assert entropy <= bits_of(integers, code_for(bits)) / integers.size <= entropy + 0.25
+
+
+def test_streams_that_are_left_out_make_files_smaller():
+    """What decodes a stream is bytes, too: few escapes are not worth it."""
+    for code in CODED:
+        for size in (30, 300, 3000, 30_000):
+            integers = laplace(size, spread_for(code), seed=size)
+
+            def whole(coded):
+                return nbytes(17, lambda build: escapes.draw(build, coded, "w"))
+
+            cut = Coded.of(integers, code)
+            with mock.patch.object(escapes, "_cut", lambda code, counts: code):
+                full = Coded.of(integers, code)
+            if all(len(s) for s in full.streams):
+                assert whole(cut) <= whole(full) + 64  # what decodes one is about as long as another
 
 
 @pytest.mark.parametrize("size", [10_000, 65_536, 70_001, 100_003, 300_000])
@@ -203,20 +218,20 @@ def untold(proto):
     return [p for p in places if not all(told.get(p) or [0])]
 
 
-def convs(opset=17, **kinds):
+def convs(opset=17, wide=8, **kinds):
     """A chain of Conv, and params for each."""
     rng = np.random.default_rng(3)
-    tensors = {n: (rng.laplace(size=(8, 8, 3, 3)) / 8).astype(np.float32) for n in kinds}
+    tensors = {n: (rng.laplace(size=(wide, wide, 3, 3)) / wide).astype(np.float32) for n in kinds}
     names = ["x", *(f"t{i}" for i in range(len(kinds) - 1)), "y"]
     body = " ".join(f"{b} = Conv({a}, {w})" for a, b, w in zip(names, names[1:], kinds, strict=False))
     size = 2 * len(kinds) + 2
-    proto = model(body, f"float[N,8,{size},{size}] x", "float[N,8,2,2] y", tensors, opset=opset)
-    feed = {"x": draw(rng, 2, 8, size, size)}
+    proto = model(body, f"float[N,{wide},{size},{size}] x", f"float[N,{wide},2,2] y", tensors, opset=opset)
+    feed = {"x": draw(rng, 2, wide, size, size)}
     return proto, {n: ("quant", k) for n, k in kinds.items()}, feed
 
 
 def test_files_tell_how_many_escapes_there_are(tmp_path):
-    proto, params, feed = convs(A={"bits": 2.0}, B={"bits": 3.0}, C={"bits": 1.0})
+    proto, params, feed = convs(wide=32, A={"bits": 2.0}, B={"bits": 3.0}, C={"bits": 1.0})
     made = rewrite(proto, params)
     assert not untold(made.proto)
     held, found = find(proto)
@@ -228,12 +243,13 @@ def test_files_tell_how_many_escapes_there_are(tmp_path):
     copied = model_file.copy(held)
     counts = {len(walk.told(m.ir)) for m in (held, copied)}
     assert len(counts) == 1 and counts.pop() > 3
-    for name, how in (("in", {}), ("out", {"external_data": True})):
+    for name, external in (("in", False), ("out", True)):
         for m in (held, copied):
             path = tmp_path / f"{name}.onnx"
-            model_file.write(m, path, overwrite=True, **how)
+            model_file.write(replace(m, external=external), path, overwrite=True)
+            assert len(list(tmp_path.glob(f"{name}*"))) == 1 + external
+            onnx.checker.check_model(path, full_check=True)
             read = onnx.load(path)
-            onnx.checker.check_model(read, full_check=True)
             assert not untold(read)
             assert len(read.graph.value_info) == sum(n.op_type == "Compress" for n in read.graph.node)
     short = model_file.serialize(held)
@@ -271,7 +287,9 @@ def coded_part(bits, shape, *, dtype="float32", seed=0):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([0.5, 1.0, 1.25, 2.0, 6.0, 3, 84, 1625]), st.integers(1, 9), st.integers(1, 40)),
+        st.tuples(
+            st.sampled_from([0.5, 1.0, 1.25, 2.0, 6.0, 3, 84, 1625]), st.integers(1, 9), st.integers(1, 40)
+        ),
         min_size=1,
         max_size=6,
     )
@@ -294,7 +312,7 @@ def test_any_weights_decode_and_are_no_larger_together(cases):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_weights_of_one_code_decode_from_long_streams(dtype, monkeypatch):
-    parts = [coded_part(b, (30, 10), seed=i, dtype=dtype) for i, b in enumerate([1.0, 1.0, 2.0, 2.0, 5.0])]
+    parts = [coded_part(b, (60, 80), seed=i, dtype=dtype) for i, b in enumerate([1.0, 1.0, 2.0, 2.0, 5.0])]
     short = together(17, parts)
     monkeypatch.setattr(packing, "_SPREAD", 50)
     long = together(17, parts)
@@ -372,10 +390,12 @@ def test_a_weight_takes_its_bits_and_no_more(bits, kind, sampled):
 
 @pytest.mark.parametrize("bits", [0.5, 1.25, 2.0, 3.375, 4.5, 6.0])
 def test_cost_is_never_less_than_what_is_stored(bits):
+    """But for streams that are left out and words that are short, because what decodes them is shorter."""
     for shape in ((30, 40), (100, 120), (256, 288)):
         weight = weight_of(shape, op="Gemm")
         made = encoded(weight, trained(shape, "laplace"), {"bits": bits})
-        assert made.nbytes <= QUANT.cost(weight, {"bits": bits})
+        cost = QUANT.cost(weight, {"bits": bits})
+        assert 0.99 * cost - SPARED <= made.nbytes <= cost + SPARED
 
 
 @pytest.mark.parametrize("levels", [3, 5, 7, 16, 40])
@@ -397,13 +417,15 @@ def test_more_bits_lose_less():
 
 
 def test_errors_are_near_those_of_entropy_coding():
-    """Rounding to whole steps is 0.255 bits from the bound of Gaussians, at many bits (Gish and Pierce 1968)."""
+    """Entropy coded whole steps are 0.255 bits above the bound of Gaussians (Gish and Pierce 1968)."""
     weight = weight_of((100, 200), op="Gemm")
     tensor = np.random.default_rng(0).standard_normal((100, 200)).astype(np.float32)
     for bits in (3.0, 4.0, 5.0):
         made = encoded(weight, tensor, {"bits": bits})
-        lost = -np.log2(made.error)
-        assert bits - 0.255 - 0.13 <= lost < bits  # 0.13 is what codes are from the entropy, above
+        share = np.unique(integers_of(weight, made), return_counts=True)[1] / weight.size
+        entropy = -float(np.sum(share * np.log2(share)))
+        # 20000 numbers: the logarithm of their squares' mean, and of the errors', is good to 0.01
+        assert abs(entropy - 0.255 + np.log2(made.error)) < 0.03
 
 
 @given(
@@ -435,8 +457,8 @@ def test_odd_weights_are_rounded_like_any_other(shape, bits, kind, sampled, seed
     assert not back[~tensor.any(axis=1)].any()
     if kind == "zero":
         assert made.error == 0 and not integers.any()
-    few = 8 * shape[0] / 2  # numbers so few that words of a last digit count: 4 bits, see quantized._FEW
-    assert bits_of(integers.astype(np.int8), code_for(bits)) <= bits * weight.size + few
+    # so few zeros that one digit is more
+    assert bits_of(integers.astype(np.int8), code_for(bits)) <= max(bits * weight.size, 2)
 
 
 def test_one_huge_number_leaves_the_others_as_they_were():
@@ -480,7 +502,8 @@ def test_quick_rounding_says_about_what_care_would():
 
 @given(
     inputs=st.integers(1, 60), outputs=st.integers(1, 6), stack=st.sampled_from([1, 2]),
-    coarse=st.sampled_from([0.02, 0.3, 1.0, 3.0]), most=st.sampled_from([1, 3, MOST]), seed=st.integers(0, 999),
+    coarse=st.sampled_from([0.02, 0.3, 1.0, 3.0]), most=st.sampled_from([1, 3, MOST]),
+    seed=st.integers(0, 999),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_sweeps_at_one_factor_never_lose_more(inputs, outputs, stack, coarse, most, seed):
@@ -553,9 +576,9 @@ def test_small_models_and_old_operators_keep_even_levels():
         solved = QUANT.solve([task], Settings(), device="cpu")
         return {next(iter(c.params)) for (c,) in solved.candidates()}
 
-    assert kinds() == {"bits", "levels"}
+    assert kinds() == kinds(total=16_400, bits=4.0) == {"bits", "levels"}
     assert kinds(opset=10) == kinds(opset=9) == {"levels"}
-    assert kinds(total=5000) == {"levels"}  # under 8192 bytes at the most bits a target leaves
+    assert kinds(total=16_000, bits=4.0) == {"levels"}  # 8000 bytes
 
 
 def test_words_are_those_that_any_reader_unpacks():

@@ -234,8 +234,9 @@ def test_weights_of_the_same_levels_share_one_table(opset):
 
 def test_the_smaller_of_a_stored_and_a_generated_table_is_drawn():
     for levels, digits in [(2, 3), (2, 8), (3, 2), (3, 5), (7, 5), (15, 2), (40, 3)]:
+        grid = Grid.even(levels)
         drawings = (packing_file._table, packing_file._stored, packing_file._generated)
-        taken, *both = (nbytes(17, lambda b, f=f, a=(Grid.even(levels), digits): f(b, *a)) for f in drawings)
+        taken, *both = (nbytes(17, lambda b, f=f, a=grid, d=digits: f(b, a, d)) for f in drawings)
         assert taken == min(both)
 
 

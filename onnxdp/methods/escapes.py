@@ -97,6 +97,8 @@ class Coded:
             told = np.asarray(rows.any(axis=1))
             streams.append(told.astype(np.uint8))
             ranks = rows[told].reshape(-1)
+            if not ranks.size:
+                return cls(Code(run, (2,)), tuple(streams), integers.size)
         code = _cut(code, np.bincount(ranks, minlength=2))
         levels = code.levels[1:] if run > 1 else code.levels
         for k, count in enumerate(levels):

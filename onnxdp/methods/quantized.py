@@ -262,7 +262,7 @@ class Problem:
                 break
             factor *= 2 ** ((got - bits + near / 2) / slope)
             got = go(Lattice.sweep, factor)
-        while not quick and got > bits:
+        while not quick and got > bits and flat.any():
             factor *= 1.02
             got = go(Lattice.sweep, factor)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
