@@ -135,11 +135,11 @@ def test_bits_are_those_of_the_words(code):
 
 def test_codes_stay_near_the_entropy():
     """Sizes that fall off exponentially are within a quarter of a bit, at few bits."""
-    for bits in RATES[: RATES.index(3.25) + 1]:
-        integers = like("w", 1 << 16, bits)
+    for spread in np.geomspace(0.15, 2, 12):
+        integers = laplace(1 << 16, spread)
         share = np.unique(integers, return_counts=True)[1] / integers.size
         entropy = -float(np.sum(share * np.log2(share)))
-        assert entropy <= bits_of(integers, code_for(bits)) / integers.size <= entropy + 0.25
+        assert entropy <= min(bits_of(integers, c) for c in CODED) / integers.size <= entropy + 0.25
 
 
 def test_streams_that_are_left_out_make_files_smaller():
@@ -459,6 +459,21 @@ def test_odd_weights_are_rounded_like_any_other(shape, bits, kind, sampled, seed
         assert made.error == 0 and not integers.any()
     # so few zeros that one digit is more
     assert bits_of(integers.astype(np.int8), code_for(bits)) <= max(bits * weight.size, 2)
+
+
+@pytest.mark.parametrize("bits", [1.25, 2.0, 6.0])
+@pytest.mark.parametrize("kept", [1, 20, 400])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_more_bits_than_a_sparse_weight_can_use_do_no_harm(bits, kept, sampled):
+    """Where few numbers are not zero, no step takes so many bits; it must not become smaller and smaller."""
+    rng = np.random.default_rng(kept)
+    tensor = np.zeros(64 * 72, np.float32)
+    tensor[rng.choice(tensor.size, kept, replace=False)] = rng.standard_normal(kept)
+    weight, tensor = weight_of((64, 72), op="Gemm"), tensor.reshape(64, 72)
+    samples = seen(72) if sampled else None
+    made = encoded(weight, tensor, {"bits": bits}, samples)
+    few = encoded(weight, tensor, {"levels": 5}, samples)  # 2.5 bits
+    assert made.error < (few.error if bits > 2.4 or kept < 400 else 1.5 * few.error)
 
 
 def test_one_huge_number_leaves_the_others_as_they_were():
