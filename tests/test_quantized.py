@@ -17,7 +17,7 @@ from edges import conv, listing, mlp, onnxdp, refused, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewriting import FORMS, draw, find, model, one_conv, rewrite, run
-from test_forms import weight_of, weights_
+from test_forms import SPARED, weight_of, weights_
 
 import onnxdp as package
 from onnxdp import model as model_file
@@ -249,6 +249,36 @@ def test_an_outline_has_the_bytes_of_the_encoding(shapes, levels, opset, seed):
     assert sizes[0] == sizes[1]
 
 
+@given(
+    shapes=st.lists(st.tuples(st.integers(8, 40), st.integers(4, 30)), min_size=1, max_size=4),
+    bits=st.lists(st.sampled_from(RATES), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_an_outline_of_bits_has_about_the_bytes_of_the_encoding(shapes, bits, seed):
+    rng = np.random.default_rng(seed)
+    tensors = {f"W{i}": draw(rng, n, m, 3, 3) for i, (n, m) in enumerate(shapes)}
+    body = " ".join(f"y{i} = Conv(x{i}, W{i})" for i in range(len(shapes)))
+    inputs, outputs = (
+        ", ".join(f"float[N,{s[axis]},{hw}] {end}{i}" for i, s in enumerate(shapes))
+        for axis, end, hw in ((1, "x", "H,K"), (0, "y", "?,?"))
+    )
+    held, found = find(model(body, inputs, outputs, tensors))
+    sizes = []
+    for how in ("outline", "encode"):
+        copied = model_file.copy(held)
+        some = [
+            QUANT.outline(w, {"bits": b})
+            if how == "outline"
+            else QUANT.encode(Task(w, tensors[w.name], None, False), {"bits": b}, Settings(), device="cpu")
+            for w, b in zip(found.weights, bits, strict=False)
+        ]
+        ReplaceWeights(find_again(copied), some, FORMS, {}, "test")(copied.ir)
+        sizes.append(model_file.output_size(copied))
+    # the outline's numbers fall off differently, so that another stream may be left out
+    assert abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1] + SPARED
+
+
 def find_again(held):
     with mock.patch.object(weights, "MIN_BYTES", 1):
         return weights.find(held.ir)
@@ -349,10 +379,38 @@ NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [
 ]
 
 
+@pytest.mark.parametrize("bits", [0.5, 1.25, 3.0, 6])
+def test_bits_edited_by_hand_are_honoured(plan, bits):
+    edited(plan, bits=bits)
+    done = onnxdp("apply", "in.onnx", "q.json", "out.onnx", "--json")
+    assert done.exit_code == 0, done.stderr
+    line = next(x for x in json.loads(done.stdout)["lines"] if x["weight"] == "w2")
+    assert (line["method"], line["params"]) == ("quant", {"bits": bits})
+    weight = next(w for w in weights.find(model_file.read("in.onnx").ir).weights if w.name == "w2")
+    cost = QUANT.cost(weight, {"bits": bits})
+    assert 0.99 * cost - SPARED <= line["after"] <= cost + SPARED
+    package.verify("in.onnx", "out.onnx", samples=8)
+
+
 @pytest.mark.parametrize("params", NO_LEVELS, ids=str)
 def test_levels_without_a_meaning_are_refused_in_one_sentence(plan, params):
     edited(plan, **params)
     refused(2, TAKES, "apply", "in.onnx", "q.json", "out.onnx")
+
+
+def test_bits_are_refused_where_operators_are_too_old(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = conv()
+    old.opset_import[0].version, old.ir_version = 9, 4
+    save(old)
+    assert onnxdp("plan", "in.onnx", "-o", "p.json", "--ratio", "6", "--samples", "8").exit_code == 0
+    plain = json.loads(Path("p.json").read_text())
+    assert not any("bits" in c["params"] for c in plain["choices"])
+    next(c for c in plain["choices"] if c["weight"] == "w2").update(method="quant", params={"bits": 2.0})
+    Path("q.json").write_text(json.dumps(plain))
+    done = onnxdp("apply", "in.onnx", "q.json", "out.onnx")
+    assert done.exit_code == 2 and done.stderr.startswith("error: w2: bits need operator set 11")
+    assert not Path("out.onnx").exists()
 
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset")
