@@ -3,6 +3,7 @@
 What ``cost`` counts is what a weight stores for itself: factors, words, steps. The shapes of Reshape and what
 all weights together need for decoding (int8 tables, int32 and uint32 constants) are structure, not counted;
 and steps that lie in a file alone may be float32 there, where a Cast would be longer than what it saves.
+Where frequent numbers take fewer bits, ``cost`` is what a target allows, and what is stored comes near it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from onnxdp.methods.form import Task
 from onnxdp.records import Encoded, Weight
 from onnxdp.settings import Settings
 
+SPARED = 640
+"""Bytes that coded numbers take beyond the cost, at most, where operators are longer: five streams of 128."""
 ITEM = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
 
 
@@ -99,10 +102,16 @@ def test_emit_equals_decode_and_cost_equals_what_emit_stores(name, weight, data)
     (candidate,) = data.draw(st.sampled_from(candidates))
     method.check(weight, candidate.params)
     (encoded,) = solved.encode([task], [candidate.params])
-    assert candidate.nbytes == method.cost(weight, candidate.params) == encoded.nbytes
+    assert candidate.nbytes == method.cost(weight, candidate.params)
+    if "bits" in candidate.params:
+        encoded = method.encode(task, candidate.params, options, device="cpu")
+        assert encoded.nbytes <= candidate.nbytes + SPARED
+    else:
+        assert candidate.nbytes == encoded.nbytes
     with mock.patch.object(streams, "SMALL", 0):  # the factors of a pair might share words
         model = drawn(method, weight, encoded)
-    assert stored_bytes(model, encoded) == encoded.nbytes
+    code = encoded.arrays.get("code", np.empty(0))  # is what operators there are
+    assert stored_bytes(model, encoded) == encoded.nbytes - code.nbytes
     proto = ir.to_proto(model)
     made = session(proto)
     if weight.dtype == "bfloat16":  # NumPy cannot hold what the session would give
@@ -133,6 +142,8 @@ def test_encoding_one_choice_equals_encoding_from_the_curve(name, weight):
     for (candidate,) in solved.candidates()[::5]:
         (whole,) = solved.encode([task], [candidate.params])
         single = method.encode(task, candidate.params, Settings(), device="cpu")
+        if "bits" in candidate.params:
+            continue  # a curve's error is what it would be at so many bits, see test_escapes
         if method.sequential:
             # both are sums of `size` squares in float32
             assert single.error <= whole.error + weight.size * 2.0**-23
@@ -156,6 +167,11 @@ def test_points_are_candidates_that_need_no_samples_and_outlines_weigh_as_much(n
     for candidate in list(candidates.values())[::5]:
         (encoded,) = solved.encode([task], [candidate.params])
         sketch = method.outline(weight, candidate.params)
+        if "bits" in candidate.params:
+            assert sketch.arrays["scale"].shape == encoded.arrays["scale"].shape
+            assert sketch.nbytes <= candidate.nbytes + SPARED
+            assert method.decode(weight, sketch).shape == weight.shape
+            continue
         assert dict(sketch.params) == dict(encoded.params) and sketch.shared == encoded.shared
         assert {k: (a.shape, a.dtype) for k, a in sketch.arrays.items()} == {
             k: (a.shape, a.dtype) for k, a in encoded.arrays.items()

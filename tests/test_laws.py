@@ -123,7 +123,9 @@ def test_23_24_25_27_nothing_else_changes(compressed, method, opset):
     assert made.graph.name == source.graph.name and made.graph.doc_string == source.graph.doc_string
     assert list(made.graph.input) == list(source.graph.input)
     assert list(made.graph.output) == list(source.graph.output)
-    assert list(made.graph.value_info) == list(source.graph.value_info)
+    # how many places Compress gives is said, because ONNX Runtime cannot infer it; nothing else is
+    places = {o for n in made.graph.node if n.op_type == "Compress" for o in n.output}
+    assert [v for v in made.graph.value_info if v.name not in places] == list(source.graph.value_info)
     props = {p.key: p.value for p in made.metadata_props}
     assert props.pop(ReplaceWeights.KEY).split() == [onnxdp.__version__, method]
     assert props == {p.key: p.value for p in source.metadata_props}

@@ -16,12 +16,13 @@ from onnx.reference import ReferenceEvaluator
 from rewriting import FORMS, find, model, nodes_of, rewrite, session, tensors_of, with_tensors
 
 from onnxdp import model as model_file
-from onnxdp import weights
+from onnxdp import walk, weights
 from onnxdp.build import Builder, Paper, half_of, nbytes
 from onnxdp.methods import packing as packing_file
 from onnxdp.methods import streams
+from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
-from onnxdp.methods.packing import BITS, Packing, centred, digit_type, offered, unit
+from onnxdp.methods.packing import BITS, Grid, Packing, digit_type, offered, unit
 from onnxdp.methods.streams import Part
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.records import Weight
@@ -52,7 +53,10 @@ def finished(made: ir.Model, paper: Paper, values: list[ir.Value], ranks: list[i
         made.graph.outputs.append(node.outputs[0])
     paper.finish()
     proto = ir.to_proto(made)
+    told = {name for _, name in walk.told(made)}
+    kept = [info for info in proto.graph.value_info if info.name in told]
     del proto.graph.value_info[:]  # as model_file leaves it
+    proto.graph.value_info.extend(kept)
     onnx.checker.check_model(proto)
     return proto
 
@@ -148,7 +152,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_a_step_of_the_integers_is_a_step_of_the_grid():
     for levels in LEVELS:
-        table = centred(levels).astype(int)
+        table = Grid.even(levels).values.astype(int)
         assert np.all(np.diff(table) * unit(levels) == 1) and table[0] == -table[-1]
         assert np.array_equal(table, wanted(levels, np.arange(levels)))
 
@@ -230,8 +234,9 @@ def test_weights_of_the_same_levels_share_one_table(opset):
 
 def test_the_smaller_of_a_stored_and_a_generated_table_is_drawn():
     for levels, digits in [(2, 3), (2, 8), (3, 2), (3, 5), (7, 5), (15, 2), (40, 3)]:
+        grid = Grid.even(levels)
         drawings = (packing_file._table, packing_file._stored, packing_file._generated)
-        taken, *both = (nbytes(17, lambda b, f=f, a=(levels, digits): f(b, *a)) for f in drawings)
+        taken, *both = (nbytes(17, lambda b, f=f, a=grid, d=digits: f(b, a, d)) for f in drawings)
         assert taken == min(both)
 
 
@@ -479,12 +484,15 @@ def part_of(
     steps = steps.astype(np.float16).astype(np.float32)
     steps = steps.reshape([d if i == axis else 1 for i, d in enumerate(shape)])
     weight = Weight(f"layer{seed}.weight", "Conv", ("node",), shape, dtype, 4 * size, inputs=1, outputs=1)
-    return Part(weight, packing, 1, packing.pack(digits), shape, steps, half=True)
+    return Part(weight, packing, packing.pack(digits), shape, steps, half=True)
 
 
 def value_of(part: Part) -> np.ndarray:
-    digits = part.packing.unpack(part.words, part.weight.size)
-    return wanted(part.packing.levels, digits).astype(np.float32).reshape(part.stored) * part.steps
+    if isinstance(part.words, Coded):
+        integers = part.words.integers()
+    else:
+        integers = wanted(part.code.levels, part.code.unpack(part.words, part.weight.size))
+    return integers.astype(np.float32).reshape(part.stored) * part.steps
 
 
 def together(opset: int, parts: list[Part]) -> onnx.ModelProto:
@@ -527,7 +535,7 @@ def test_weights_drawn_together_decode_and_fold(opset, tmp_path):
     assert {n.op_type for n in left.graph.node} <= {"Identity", "Cast"}  # the Casts are the test's own
     assert sum(n.op_type == "Cast" for n in left.graph.node) <= 2
     words = [t for t in proto.graph.initializer if t.name.endswith("words")]
-    assert len(words) == len({p.packing.levels for p in parts}) < len(parts)
+    assert len(words) == len({p.code.levels for p in parts}) < len(parts)
 
 
 @given(
@@ -561,7 +569,7 @@ def test_one_weight_is_drawn_as_if_alone():
     proto = together(17, [part])
     made, paper = sheet(17)
     build = Builder(made.graph, part.weight.name, paper)
-    integers = packing_file.draw(build, part.packing, part.words, part.stored)
+    integers = packing_file.draw(build, part.code, part.words, part.stored)
     value = build.node("Mul", [integers, build.vector("scale", part.steps, part.steps.shape)], "value")
     alone = finished(made, paper, [value], [4])
     ops = [[n.op_type for n in p.graph.node if n.op_type != "Identity"] for p in (proto, alone)]
@@ -583,8 +591,11 @@ def test_a_large_weight_has_a_chain_of_its_own(monkeypatch):
 
 def test_a_long_stream_is_taken_apart_by_a_table(monkeypatch):
     parts = [part_of(n, (30, 10), seed=i) for i, n in enumerate([3, 3, 7, 7, 11, 11])]
-    monkeypatch.setattr(streams, "_SPREAD", 100)
-    assert_decodes(together(17, parts), parts)
+    short = together(17, parts)
+    monkeypatch.setattr(packing_file, "_SPREAD", 100)
+    long = together(17, parts)
+    assert long != short
+    assert_decodes(long, parts)
 
 
 def test_weights_in_branches_read_the_stream_outside():

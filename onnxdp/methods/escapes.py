@@ -44,6 +44,8 @@ _ABOVE = 1.1
 """Bits that a code is to have over those of zeros alone."""
 _ENOUGH = 1 << 16
 """Integers that stand for more."""
+_WHOLE = 24
+"""Integers that are whole runs of every code."""
 _MIXED = 0.35
 """Deviation of the logarithm of the sizes that normal numbers are mixed of, to be like weights."""
 _DRAWN = 110
@@ -172,7 +174,8 @@ def bits_of(integers: Array, code: Code) -> float:
 def like(name: str, size: int, bits: float) -> Array:
     """Return integers (size,), int8, that take so many bits each, the same for a name every time."""
     few = _some(min(size, _ENOUGH), bits)
-    made: Array = np.resize(np.roll(few, zlib.crc32(name.encode()) % size), size)
+    start = zlib.crc32(name.encode()) % (len(few) // _WHOLE + 1) * _WHOLE  # runs stay as they are
+    made: Array = np.resize(np.roll(few, start), size)
     return made
 
 

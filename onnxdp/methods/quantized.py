@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -50,6 +51,10 @@ ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
 _SWEEPS = 3
 """Times that every number is rounded again."""
+_ROUNDS = 2
+"""Times that steps are corrected before, every number rounded as if for the first time ..."""
+_FAR = 0.03
+"""... where the bits are off by this share."""
 _MANY = 256
 """Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
 MOST_INPUTS = 6144
@@ -177,6 +182,11 @@ class Quantized:
         code: Packing | Code
         words: Array | Coded
         if "bits" in encoded.params:
+            if build.opset < escapes.SINCE:
+                raise PlanError(
+                    f"{weight.name}: bits need operator set {escapes.SINCE}, the model has {build.opset}; "
+                    "take levels instead."
+                )
             code, words = code_for(float(encoded.params["bits"])), _coded(weight, encoded)
         else:
             levels, words = int(encoded.params["levels"]), encoded.arrays["words"]
@@ -264,22 +274,32 @@ class Problem:
             list(arrays.side_by_side(lambda each: how(each, factor), lattices))
             return measured()
 
-        factor, slope = given.start(weight, code, bits)
-        near = max(_NEAR * bits, _FEW / flat.size if flat.size else 0.0, _FEW / weight.size)
+        factor, slope, floor = given.start(weight, code, bits)
+        near = max(_NEAR * bits, _FEW / weight.size)
         got = go(Lattice.round, factor)
-        if quick:
-            factor *= 2 ** ((got - bits) / slope)
-            got = go(Lattice.round, factor)
+
+        def correct(how: Callable[[Lattice, float], None], least: float = -1.0) -> None:
+            """Move the steps so that the bits should be near; learn how many fewer they really take."""
+            nonlocal factor, slope, got
+            doubled = max(float(np.clip((got - bits + near / 2) / slope, -1, 1)), least)
+            factor = max(factor * 2**doubled, floor)
+            before, got = got, go(how, factor)
+            if abs(before - got) > near:
+                slope = float(np.clip((before - got) / doubled, slope / 2, slope * 2))
+
+        for _ in range(_ROUNDS):
+            if abs(got - bits) > _FAR * bits:
+                correct(Lattice.round)
         for done in range(0 if quick else _SWEEPS + _CORRECTED):
-            if done >= _SWEEPS and bits - near <= got <= bits:
+            if done >= _SWEEPS and got <= bits and (got >= bits - near or factor == floor):
                 break
-            factor *= 2 ** ((got - bits + near / 2) / slope)
-            got = go(Lattice.sweep, factor)
+            correct(Lattice.sweep)
+        least = near / slope / 4
         while not quick and got > bits and flat.any():
-            factor *= 1.02
-            got = go(Lattice.sweep, factor)
+            correct(Lattice.sweep, least)
+            least = min(2 * least, 1.0)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
-        return flat, scale, error * 2 ** (got - bits) if quick else error
+        return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
 
     def _joined(self, task: Task, made: Sequence[Rounded], unit: float) -> tuple[Array, Array, float]:
         """Put halves together: digits (stack, rows, outputs), steps and the relative error."""
@@ -366,10 +386,11 @@ class _Given:
         sizes = np.repeat(self.sizes(), parts, axis=0)
         return [arrays.to_device(np.ascontiguousarray(sizes[:, c]), device) for c in self.columns]
 
-    def start(self, weight: Weight, code: Code, bits: float) -> tuple[float, float]:
+    def start(self, weight: Weight, code: Code, bits: float) -> tuple[float, float, float]:
         """Return the factor of the steps at which plainly rounded numbers take so many bits.
 
-        Also how many bits fewer they take where it doubles.
+        Also how many bits fewer they take where it doubles, and the least factor: with a smaller one more is
+        lost, because so many steps do not reach the largest numbers (where most numbers are zero).
         """
         unit = self.host / self.sizes()[:, None, :]
         stack, _, outputs = self.shape
@@ -389,7 +410,18 @@ class _Given:
             else:
                 high = middle
         slope = (taken(2.0 ** (high - 0.2)) - taken(2.0 ** (high + 0.2))) / 0.4
-        return 2.0**high, max(slope, 0.3)
+        factor, peak = 2.0**high, float(np.abs(unit).max())
+        floor = peak / escapes.MOST
+        if floor > factor:
+            floor = min((floor / 2 ** (k / 2) for k in range(40)), key=partial(_clipped, unit.reshape(-1)))
+        return max(factor, floor), max(slope, 0.3), floor
+
+
+def _clipped(numbers: Array, factor: float) -> float:
+    """Return the squared error of numbers rounded to so large steps, as many as there may be."""
+    near = np.rint(np.clip(numbers / np.float32(factor), -escapes.MOST, escapes.MOST))
+    lost = numbers - near * np.float32(factor)
+    return float(lost @ lost)
 
 
 def near_one(host: Array) -> float:
@@ -527,7 +559,9 @@ def _words(integers: Array, params: Params) -> dict[str, Array]:
 def _coded(weight: Weight, encoded: Encoded) -> Coded:
     """Undo :func:`_words`."""
     run, *levels = encoded.arrays["code"].tolist()
-    code = Code(run, tuple(levels))
+    code, most = Code(run, tuple(levels)), code_for(float(encoded.params["bits"]))
+    if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:
+        raise ValueError(f"{code} is no {most} cut off.")
     return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(len(levels))], weight.size)
 
 
