@@ -211,7 +211,7 @@ def untold(proto):
     told = {
         v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in proto.graph.value_info
-        if v.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        if v.type.tensor_type.elem_type == onnx.TensorProto.INT32
     }
     places = [o for n in nodes_of(proto) if n.op_type == "Compress" for o in n.output]
     assert places

@@ -53,8 +53,8 @@ _SWEEPS = 3
 """Times that every number is rounded again."""
 _ROUNDS = 2
 """Times that steps are corrected before, every number rounded as if for the first time ..."""
-_FAR = 0.03
-"""... where the bits are off by this share."""
+_FAR = 8
+"""... where the bits are so many times further off than they may be."""
 _MANY = 256
 """Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
 MOST_INPUTS = 6144
@@ -256,7 +256,7 @@ class Problem:
         All steps are moved by one factor until the bits are near, however often that takes.
         """
         weight, code = task.weight, code_for(bits)
-        bits = max(bits + task.spare, escapes.least_bits(code))
+        bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
         given = self._given(task, device)
         lattices = [
             Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
@@ -288,7 +288,7 @@ class Problem:
                 slope = float(np.clip((before - got) / doubled, slope / 2, slope * 2))
 
         for _ in range(_ROUNDS):
-            if abs(got - bits) > _FAR * bits:
+            if abs(got - bits) > _FAR * near:
                 correct(Lattice.round)
         for done in range(0 if quick else _SWEEPS + _CORRECTED):
             if done >= _SWEEPS and got <= bits and (got >= bits - near or factor == floor):

@@ -157,6 +157,9 @@ def _finished(build: Builder, part: Part, integers: ir.Value) -> None:
 
 def _join(build: Builder, parts: Sequence[Part]) -> None:
     """Draw all streams, cut them into pieces, and put the pieces of equal rows together."""
+    coded = [(p.words.integers(), p.code) for p in parts if isinstance(p.words, Coded)]
+    codes = escapes.common([(integers, code) for integers, code in coded if isinstance(code, Code)])
+    parts = [replace(p, code=codes[p.code]) if isinstance(p.code, Code) else p for p in parts]
     rows: dict[object, list[Part]] = {}
     for part in parts:
         rows.setdefault(part.row or id(part), []).append(part)
