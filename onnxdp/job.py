@@ -64,6 +64,9 @@ HUNTED = 100_000_000
 A choice is encoded and measured as a whole many times then, and that corrects what was foreseen.
 """
 
+_FITTED = 5
+"""Times that another choice is made where arrays take more than was foreseen; the last is the smallest."""
+
 log = logging.getLogger(__name__)
 
 ENCODING_SETTINGS = (
@@ -341,14 +344,15 @@ class Job:
     ) -> tuple[Choice, bool]:
         """Return a choice whose arrays, as they are, fit the budget: an outline may foresee too few bytes."""
         missed = 0
-        for _ in range(3):
+        for done in range(_FITTED + 1):
             assert self._encoded is not None
             over = model_file.output_size(self.rewriter.rewritten(*self._encoded)) - within.nbytes
-            if over <= 0:
+            if over <= 0 or done == _FITTED:
                 break
-            missed += over
+            missed += over * 2**done
             log.info("the file is %d bytes beyond the budget: choosing again", over)
-            choice = replace(within, nbytes=within.nbytes - missed).closest(reached)
+            less = replace(within, nbytes=within.nbytes - missed)
+            choice = less.closest(reached) if done < _FITTED - 1 else within.search.smallest()
             self._encoded, refit = self.encoder.best(within.search, choice, costly=self.costly)
         return choice, refit
 

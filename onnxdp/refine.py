@@ -39,7 +39,7 @@ _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
 _CLOSED = 4
-"""Times that a weight is encoded again to fill a file ..."""
+"""Times that a weight is encoded again to fill a file, and again to fit ..."""
 _LARGE = 0.05
 """... that holds this share of the numbers ..."""
 _SPARE = 0.5
@@ -120,12 +120,12 @@ def refine(
             fit = partial(_refit, workshop, choice, tensor, w, aims, seen, quick=quick)
             new, shift = fit()
             spare = 0.0
-            for _ in range(_CLOSED if choice.weight in closing else 0):
+            for done in range(2 * _CLOSED if choice.weight in closing else 0):
                 assert room is not None
                 left, near = room([*encoded.values(), new])
-                if 0 <= left <= near:
+                if 0 <= left <= near or (left > 0 and done >= _CLOSED):
                     break
-                spare += 8 * (left - near / 2) / weight.size
+                spare += 8 * (left - near / 2 * 2.0 ** max(done - _CLOSED, 0)) / weight.size
                 new, shift = fit(spare=min(max(spare, -_SPARE), _SPARE))
         encoded[choice.weight] = new
         if spot.centred:

@@ -123,7 +123,9 @@ def test_bits_are_those_of_the_words(code):
     assert len(coded.streams) > 2
     for digits, words, levels in zip(coded.streams, coded.words(), coded.code.levels, strict=True):
         least = min(p.nbytes(digits.size) for p in packing.offered(levels, 17))
-        assert words.nbytes == Packing.best(levels, digits.size, 17).nbytes(digits.size) >= least
+        assert (
+            words.nbytes == Packing.best(levels, digits.size, 17, streamed=True).nbytes(digits.size) >= least
+        )
     packed = sum(
         min(p.nbytes(d.size) for p in packing.offered(n, 17))
         for n, d in zip(coded.code.levels, coded.streams, strict=True)
@@ -152,7 +154,7 @@ def test_streams_that_are_left_out_make_files_smaller():
                 return nbytes(17, lambda build: escapes.draw(build, coded, "w"))
 
             cut = Coded.of(integers, code)
-            with mock.patch.object(escapes, "_cut", lambda code, counts: code):
+            with mock.patch.object(escapes, "_cut", lambda code, counts: (0, code)):
                 full = Coded.of(integers, code)
             if all(len(s) for s in full.streams):
                 assert whole(cut) <= whole(full) + 64  # what decodes one is about as long as another
@@ -339,16 +341,16 @@ def test_a_large_weight_decodes_and_folds(bits, tmp_path):
 def test_a_weight_inside_the_body_of_an_if():
     rng = np.random.default_rng(3)
     text = (
-        "y = If(cond) <then_branch = a () => (float[N,6] p)"
-        " { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
-        " else_branch = b () => (float[N,6] q) { q = MatMul(x, V) }>"
+        "y = If(cond) <then_branch = a () => (float[N,60] p)"
+        " { w = Constant <value = float[64,60] {%s}> () p = MatMul(x, w) },"
+        " else_branch = b () => (float[N,60] q) { q = MatMul(x, V) }>"
     )
-    text %= ", ".join(f"{v:.4f}" for v in draw(rng, 48))
-    proto = model(text, "float[N,8] x, bool cond", "float[N,6] y", {"V": draw(rng, 8, 6)})
+    text %= ", ".join(f"{v:.4f}" for v in draw(rng, 3840))
+    proto = model(text, "float[N,64] x, bool cond", "float[N,60] y", {"V": draw(rng, 64, 60)})
     made = rewrite(proto, {"w": ("quant", {"bits": 3.0}), "V": ("quant", {"bits": 1.25})})
     assert not untold(made.proto)
     for cond in (True, False):
-        made.assert_equals_dense({"x": draw(rng, 4, 8), "cond": np.array(cond)})
+        made.assert_equals_dense({"x": draw(rng, 4, 64), "cond": np.array(cond)})
 
 
 # ---- rounding within so many bits
@@ -385,7 +387,7 @@ def test_a_weight_takes_its_bits_and_no_more(bits, kind, sampled):
     tensor = trained((100, 120), kind)
     made = encoded(weight, tensor, {"bits": bits}, seen(120) if sampled else None)
     taken = bits_of(integers_of(weight, made), code_for(bits)) / weight.size
-    assert 0.995 * bits <= taken <= bits
+    assert (0.995 if bits > 0.5 else 0.99) * bits <= taken <= bits  # where most are zero, sweeps go in steps
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.25, 2.0, 3.375, 4.5, 6.0])
@@ -600,5 +602,5 @@ def test_words_are_those_that_any_reader_unpacks():
     for code in CODED:
         coded = Coded.of(laplace(5003, spread_for(code)), code)
         for levels, digits, words in zip(coded.code.levels, coded.streams, coded.words(), strict=True):
-            best = Packing.best(levels, digits.size, 11)
+            best = Packing.best(levels, digits.size, 11, streamed=True)
             assert np.array_equal(best.unpack(words, digits.size), digits)

@@ -26,8 +26,8 @@ from onnxdp.methods.form import Task
 from onnxdp.records import Encoded, Weight
 from onnxdp.settings import Settings
 
-SPARED = 640
-"""Bytes that coded numbers take beyond the cost, at most, where operators are longer: five streams of 128."""
+SPARED = 768
+"""Bytes that coded numbers take beyond the cost, at most, where operators are longer: six streams of 128."""
 ITEM = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
 
 

