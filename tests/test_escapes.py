@@ -21,12 +21,13 @@ from test_rounding import EPS32, curved, problem, quadratic
 from onnxdp import model as model_file
 from onnxdp import walk
 from onnxdp.build import Builder, nbytes
-from onnxdp.methods import escapes, packing, quantized, streams
+from onnxdp.methods import escapes, packing, streams
 from onnxdp.methods.escapes import CODES, MOST, Coded, bits_of, code_for, like
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
-from onnxdp.methods.quantized import RATES
+from onnxdp.methods.problem import coded_of
 from onnxdp.methods.rounding import Curvature, Lattice
+from onnxdp.methods.roundings import RATES
 from onnxdp.methods.streams import Part
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.records import Weight
@@ -361,7 +362,7 @@ def encoded(weight, tensor, params, samples=None):
 
 
 def integers_of(weight, made):
-    return quantized._coded(weight, made).integers()
+    return coded_of(weight, made).integers()
 
 
 def trained(shape, kind, seed=1):

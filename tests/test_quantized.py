@@ -23,7 +23,8 @@ import onnxdp as package
 from onnxdp import model as model_file
 from onnxdp import weights
 from onnxdp.methods.form import Task
-from onnxdp.methods.quantized import LEVELS, RATES, Problem
+from onnxdp.methods.problem import Problem
+from onnxdp.methods.roundings import LEVELS, RATES
 from onnxdp.passes import ReplaceWeights
 from onnxdp.settings import Settings
 
@@ -200,7 +201,7 @@ def test_samples_turn_the_error_to_where_it_does_least_harm():
 
 
 def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkeypatch):
-    monkeypatch.setattr("onnxdp.methods.quantized.MOST_INPUTS", 16)
+    monkeypatch.setattr("onnxdp.methods.problem.MOST_INPUTS", 16)
     rng = np.random.default_rng(4)
     weight = weight_of((5, 48), op="Gemm")
     task = Task(weight, draw(rng, 5, 48), draw(rng, 1, 90, 48) / np.float32(90**0.5), False)

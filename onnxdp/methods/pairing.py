@@ -21,7 +21,8 @@ import numpy as np
 from onnxdp import arrays, weights
 from onnxdp.methods import dictionary, solvers
 from onnxdp.methods.form import Task
-from onnxdp.methods.quantized import Problem, Quantized
+from onnxdp.methods.problem import Problem
+from onnxdp.methods.quantized import Quantized
 from onnxdp.records import Array, Encoded, Params, Weight
 
 NAME = "pair"

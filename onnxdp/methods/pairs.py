@@ -30,7 +30,7 @@ import onnx_ir as ir
 from onnxdp import weights
 from onnxdp.build import Builder
 from onnxdp.errors import PlanError
-from onnxdp.methods import dictionary, emission, quantized
+from onnxdp.methods import dictionary, emission, roundings
 from onnxdp.methods.form import Solved, Task
 from onnxdp.methods.pairing import FACTORS, NAME, Pairing, apart, cut, factors, joined
 from onnxdp.methods.quantized import Quantized
@@ -38,7 +38,7 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 from onnxdp.settings import Settings
 from onnxdp.weights import Reader
 
-_LEVELS = quantized.LEVELS[1:-2]
+_LEVELS = roundings.LEVELS[1:-2]
 """Numbers of levels of either factor; with two, a pair is worse than fewer atoms."""
 _TRIED = (4, 16)
 """Numbers of levels whose errors are measured; those of the others lie on a line in logarithms."""
@@ -238,7 +238,7 @@ class _Pairs:
             return self._tried[pair]
         taps, rank, *levels = pair
         steps, noise = np.log(_TRIED), self._noise[taps]
-        rounding = sum(math.exp(2 * quantized.along(math.log(n), steps, noise)) for n in levels)
+        rounding = sum(math.exp(2 * roundings.along(math.log(n), steps, noise)) for n in levels)
         return math.sqrt(self._lost[taps, rank] + rounding)
 
 

@@ -1,0 +1,309 @@
+"""Round one weight to so many levels, or to so many bits: what is minimised, and steps that give these.
+
+References
+----------
+method.md 1.3 (the target that makes up for what earlier weights lost), 4.2 and 4.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from onnxdp import arrays
+from onnxdp.build import half_of
+from onnxdp.methods import escapes, layout, packing
+from onnxdp.methods.escapes import Code, Coded, bits_of, code_for
+from onnxdp.methods.form import Task
+from onnxdp.methods.packing import Packing
+from onnxdp.methods.rounding import Curvature, Lattice, Rounded, round_weights
+from onnxdp.records import Array, Encoded, Params, Weight
+
+NAME = "quant"
+
+DAMPING = (0.1, 0.3)
+"""Added to the diagonal of H, over its mean: a + b * inputs / samples; made-up inputs are not real ones."""
+ALPHA = 1.0
+"""Share of the way that a weight moves towards what its outputs lack."""
+MOST_INPUTS = 6144
+"""Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
+OPSET = 17
+"""Operator set that bytes are counted for; a file's own may pack a little worse."""
+
+_SWEEPS = 3
+"""Times that every number is rounded again."""
+_ROUNDS = 2
+"""Times that steps are corrected before, every number rounded as if for the first time ..."""
+_FAR = 8
+"""... where the bits are so many times further off than they may be."""
+_CORRECTED = 12
+"""Times that steps are corrected, after the sweeps, so that the bits are near."""
+_NEAR = 0.001
+"""Share of its bits that a weight may leave over, or some ..."""
+_FEW = 4
+"""... bits in all."""
+_LOOKED = 1 << 14
+"""Numbers, about, whose bits tell where to start."""
+_MANY = 256
+"""Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What rounding one weight minimises, factored once for all numbers of levels."""
+
+    curvature: Curvature
+    parts: int
+
+    @classmethod
+    def of(cls, task: Task, device: str) -> Problem:
+        """Form the second moment of what the weight sees; without samples, the plain norm."""
+        if task.samples is None or not layout.is_matrix(task.weight):
+            inputs = task.weight.size // layout.columns(task.weight)
+            return cls(Curvature.flat(inputs, arrays.to_device(np.zeros(1, np.float32), device)), 1)
+        groups, rows, inputs = task.samples.shape
+        parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= MOST_INPUTS)
+        x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
+        x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
+        xp = arrays.namespace(x)
+        moment = [arrays.gram(x)]
+        mean = xp.mean(xp.linalg.diagonal(moment[0]), axis=-1)
+        mean = xp.where(mean > 0, mean, xp.ones_like(mean))
+        share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
+        return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was factored, about."""
+        return 8 * int(math.prod(self.curvature.moment.shape))
+
+    def encoded(self, task: Task, params: Params, *, quick: bool, device: str) -> Encoded:
+        """Round and pack; quickly, where that is only to be measured."""
+        if "bits" in params:
+            integers, scale, error = self._within(task, float(params["bits"]), quick=quick, device=device)
+            made = words_of(integers, params) | {"scale": kept(scale, 1.0)}
+        else:
+            levels = int(params["levels"])
+            digits, scale, error = self._rounded(task, levels, quick=quick, device=device)
+            flat = layout.tensor(task.weight, digits).reshape(-1)
+            words = Packing.best(levels, flat.size, OPSET).pack(flat)
+            made = {"words": words, "scale": kept(scale, packing.unit(levels))}
+        return Encoded(task.weight.name, NAME, dict(params), made, error)
+
+    def _rounded(self, task: Task, levels: int, *, quick: bool, device: str) -> tuple[Array, Array, float]:
+        """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
+        tries, sweeps = (1, 0) if quick else (3, 3)
+        given = self._given(task, device)
+
+        def some(w: arrays.Array) -> Rounded:
+            return round_weights(w, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps)
+
+        return self._joined(task, list(arrays.side_by_side(some, given.halves)), given.unit)
+
+    def _within(self, task: Task, bits: float, *, quick: bool, device: str) -> tuple[Array, Array, float]:
+        """Round the weight so that its code takes no more bits; returns integers (size,), steps and error.
+
+        All steps are moved by one factor until the bits are near, however often that takes.
+        """
+        weight, code = task.weight, code_for(bits)
+        bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
+        given = self._given(task, device)
+        lattices = [
+            Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
+            for w, steps in zip(given.halves, given.steps(self.parts, device), strict=True)
+        ]
+        flat = np.empty(0, np.int8)
+
+        def measured() -> float:
+            nonlocal flat
+            made = np.concatenate([arrays.to_host(each.integers) for each in lattices], axis=-1)
+            flat = layout.tensor(weight, made.reshape(given.shape)).reshape(-1)
+            return bits_of(flat, code) / flat.size
+
+        def go(how: Callable[[Lattice, float], None], factor: float) -> float:
+            list(arrays.side_by_side(lambda each: how(each, factor), lattices))
+            return measured()
+
+        factor, slope, floor = given.start(weight, code, bits)
+        near = max(_NEAR * bits, _FEW / weight.size)
+        got = go(Lattice.round, factor)
+
+        def correct(how: Callable[[Lattice, float], None], least: float = -1.0) -> None:
+            """Move the steps so that the bits should be near; learn how many fewer they really take."""
+            nonlocal factor, slope, got
+            doubled = max(float(np.clip((got - bits + near / 2) / slope, -1, 1)), least)
+            factor = max(factor * 2**doubled, floor)
+            before, got = got, go(how, factor)
+            if abs(before - got) > near:
+                slope = float(np.clip((before - got) / doubled, slope / 2, slope * 2))
+
+        for _ in range(_ROUNDS):
+            if abs(got - bits) > _FAR * near:
+                correct(Lattice.round)
+        for done in range(0 if quick else _SWEEPS + _CORRECTED):
+            if done >= _SWEEPS and got <= bits and (got >= bits - near or factor == floor):
+                break
+            correct(Lattice.sweep)
+        least = near / slope / 4
+        while not quick and got > bits and flat.any():
+            correct(Lattice.sweep if least < 1 else Lattice.round, least)  # sweeps may stick
+            least = min(2 * least, 1.0)
+        _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
+        return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
+
+    def _joined(self, task: Task, made: Sequence[Rounded], unit: float) -> tuple[Array, Array, float]:
+        """Put halves together: digits (stack, rows, outputs), steps and the relative error."""
+        digits, scales, errors, energies = (
+            np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
+            for part in ("digits", "scale", "error", "energy")
+        )
+        outputs = digits.shape[-1]
+        digits = digits.reshape(len(digits) // self.parts, -1, outputs)
+        scale = scales.reshape(-1, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
+        lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
+        return digits, scale, (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
+
+    def _given(self, task: Task, device: str) -> _Given:
+        """Return the weight on the device, moved to where it gives what the outputs lack."""
+        host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        stack, inputs, outputs = host.shape
+        unit = near_one(host)
+
+        def some(columns: slice) -> arrays.Array:
+            w = np.ascontiguousarray(host[:, :, columns]).reshape(
+                stack * self.parts, inputs // self.parts, -1
+            )
+            on_device = self._moved(arrays.to_device(w, device), task, columns, device)
+            return on_device if unit == 1 else on_device / unit
+
+        halves = arrays.halves(outputs, _MANY)
+        return _Given(host / unit, unit, list(arrays.side_by_side(some, halves)), halves)
+
+    def target(self, task: Task, device: str) -> arrays.Array:
+        """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""
+        host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        w = arrays.to_device(host.reshape(host.shape[0] * self.parts, -1, host.shape[2]), device)
+        moved = self._moved(w, task, slice(None), device)
+        return arrays.namespace(moved).reshape(moved, host.shape)
+
+    def _moved(self, w: arrays.Array, task: Task, columns: slice, device: str) -> arrays.Array:
+        """Return some columns of W moved to where they give what the outputs lack (method.md 1.3)."""
+        if task.lack is None or task.samples is None or self.curvature.plain:
+            return w
+        x, y = (arrays.to_device(a, device) for a in (task.samples, task.lack[:, :, columns]))
+        xp = arrays.namespace(w)
+        pull = xp.matrix_transpose(x) @ y
+        return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A weight that is to be rounded.
+
+    Attributes
+    ----------
+    host : ndarray of shape (stack, inputs, outputs), float32
+        As it was, over ``unit``.
+    unit : float
+    halves : list of array of shape (stack x parts, inputs / parts, columns), float32
+        Moved to where it gives what the outputs lack.
+    columns : list of slice
+        Of the halves.
+    """
+
+    host: Array
+    unit: float
+    halves: list[arrays.Array]
+    columns: list[slice]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Stack, inputs, outputs."""
+        return self.host.shape
+
+    def sizes(self) -> Array:
+        """Return what steps are in proportion to, (stack, outputs).
+
+        Columns of the same size would all take the same bits, columns of the same step lose the same: between
+        the two little is lost by either.
+        """
+        own = np.sqrt(np.mean(self.host * self.host, axis=1))
+        own = np.sqrt(own * np.sqrt(np.mean(own * own)))
+        return np.where(own > 0, own, np.float32(1))
+
+    def steps(self, parts: int, device: str) -> list[arrays.Array]:
+        """Return these for each half."""
+        sizes = np.repeat(self.sizes(), parts, axis=0)
+        return [arrays.to_device(np.ascontiguousarray(sizes[:, c]), device) for c in self.columns]
+
+    def start(self, weight: Weight, code: Code, bits: float) -> tuple[float, float, float]:
+        """Return the factor of the steps at which plainly rounded numbers take so many bits.
+
+        Also how many bits fewer they take where it doubles, and the least factor: with a smaller one more is
+        lost, because so many steps do not reach the largest numbers (where most numbers are zero).
+        """
+        unit = self.host / self.sizes()[:, None, :]
+        stack, _, outputs = self.shape
+        stride = max(1, unit.size // _LOOKED)
+        few = unit[:, :, ::stride] if outputs > stride else unit[::stride] if stack > stride else unit
+        flat = (few.swapaxes(1, 2) if weight.transposed else few).reshape(-1)
+
+        def taken(factor: float) -> float:
+            near = np.rint(np.clip(flat / np.float32(factor), -escapes.MOST, escapes.MOST))
+            return bits_of(near.astype(np.int8), code) / flat.size
+
+        low, high = -8.0, 6.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            if taken(2.0**middle) > bits:
+                low = middle
+            else:
+                high = middle
+        slope = (taken(2.0 ** (high - 0.2)) - taken(2.0 ** (high + 0.2))) / 0.4
+        factor, peak = 2.0**high, float(np.abs(unit).max())
+        floor = peak / escapes.MOST
+        if floor > factor:
+            floor = min((floor / 2 ** (k / 2) for k in range(40)), key=partial(_clipped, unit.reshape(-1)))
+        return max(factor, floor), max(slope, 0.3), floor
+
+
+def _clipped(numbers: Array, factor: float) -> float:
+    """Return the squared error of numbers rounded to so large steps, as many as there may be."""
+    near = np.rint(np.clip(numbers / np.float32(factor), -escapes.MOST, escapes.MOST))
+    lost = numbers - near * np.float32(factor)
+    return float(lost @ lost)
+
+
+def near_one(host: Array) -> float:
+    """Return 1, or a power of two to divide numbers by whose squares float32 does not hold (masks)."""
+    peak = max(float(host.max(initial=0.0)), -float(host.min(initial=0.0)))
+    return 1.0 if not peak or 2.0**-30 < peak < 2.0**30 else 2.0 ** math.floor(math.log2(peak))
+
+
+def kept(scale: Array, unit: float) -> Array:
+    """Round so that float16 holds the steps and the units that are drawn; float32 where it cannot."""
+    half = half_of(scale * np.float32(unit), additive=True)
+    with np.errstate(over="ignore"):
+        kept = None if half is None else half / np.float16(unit)
+    return kept if kept is not None and np.isfinite(kept).all() else scale
+
+
+def words_of(integers: Array, params: Params) -> dict[str, Array]:
+    """Return the arrays that hold coded integers."""
+    coded = Coded.of(integers, code_for(float(params["bits"])))
+    words = coded.words()
+    named = {f"words{k}": w for k, w in enumerate(words)}
+    return {"code": np.array([coded.code.run, *coded.code.levels], np.uint8)} | named
+
+
+def coded_of(weight: Weight, encoded: Encoded) -> Coded:
+    """Undo :func:`_words`."""
+    run, *levels = encoded.arrays["code"].tolist()
+    code, most = Code(run, tuple(levels)), code_for(float(encoded.params["bits"]))
+    if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:
+        raise ValueError(f"{code} is no {most} cut off.")
+    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(len(levels))], weight.size)

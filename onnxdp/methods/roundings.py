@@ -1,0 +1,159 @@
+"""Numbers of bits and of levels that a weight may be rounded to: some are tried, the others lie between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from onnxdp.methods import escapes, layout, packing
+from onnxdp.methods.form import Task
+from onnxdp.methods.packing import Packing
+from onnxdp.methods.problem import NAME, OPSET, Problem
+from onnxdp.records import Array, Candidate, Encoded, Params, Weight
+
+LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
+"""The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
+RATES = tuple(k / 8 for k in range(3, 49))
+"""Bits of a number that are offered where frequent ones take fewer."""
+FINE = (255, 1625)
+"""Numbers of levels that are offered beside these, for more bits."""
+
+_SLOPES = (-1.0, -0.5)
+"""Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
+_WORTH = 8192
+"""Bytes of rounded weights from which codes are worth their operators, some 600 bytes each."""
+_TAKEN_APART = 10
+"""Operator set from which words of 32 bits are taken apart: Mod is that old, and 1625 levels need it."""
+_KEPT = 3_000_000
+"""Bytes of a problem that stays for what is asked about later; larger ones are formed again."""
+
+
+Way: TypeAlias = tuple[str, float]
+"""Name and value of the one parameter that there is: levels or bits."""
+
+
+class Roundings:
+    """One weight, rounded in some ways."""
+
+    def __init__(self, task: Task, device: str, *, kept: Sequence[Encoded] = ()) -> None:
+        self._weight = task.weight
+        self._device = device
+        self._opset = task.opset
+        self._total = task.total
+        self._problem: Problem | None = None
+        self._made = {_way(e.params): e for e in kept}
+        self._bits = task.bits
+
+    def missing(self, task: Task) -> list[Way]:
+        """Return the ways that the task's targets try and that were not."""
+        tried = {way for bits in (task.bits, *task.also) for way in self._scan(bits)}
+        return sorted(tried - set(self._made))
+
+    def complete(self, task: Task) -> None:
+        """Try what is missing."""
+        problem = Problem.of(task, self._device)
+        self._made |= {way: self._quick(task, way, problem) for way in self.missing(task)}
+        if problem.nbytes <= _KEPT:
+            self._problem = problem
+
+    def kept(self) -> Sequence[Encoded]:
+        """Return what was rounded."""
+        return list(self._made.values())
+
+    def aim(self, bits: float) -> None:
+        """Let the ways that another target tries speak for the others."""
+        self._bits = bits
+
+    def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return one per number of bits or levels.
+
+        Errors of those between the ones tried lie on a line, in logarithms.
+        """
+        found = []
+        ways = self._scan(self._bits)
+        for kind, offered in (("bits", RATES), ("levels", LEVELS)):
+            tried = [way for way in ways if way[0] == kind]
+            if tried:
+                xs = np.array([_log_levels(way) for way in tried])
+                errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
+                slopes = _SLOPES if len(tried) > 1 else (-1.0, -1.0)
+                for way in ((kind, n) for n in offered if kind == "bits" or n in self._levels):
+                    error = np.exp(along(_log_levels(way), xs, errors, slopes))
+                    found.append(self._candidate(way, float(error)))
+        return [(c,) for c in found]
+
+    def points(self) -> Sequence[tuple[Candidate, ...]]:
+        """Return those that were tried: errors of the others do the same damage."""
+        ways = self._scan(self._bits)
+        return [(self._candidate(way, self._made[way].error),) for way in ways if way[0] == ways[0][0]]
+
+    def ready(self, params: Sequence[Params]) -> bool:
+        """Return whether it was tried, or what it takes to try it is still there."""
+        return self._problem is not None or _way(params[0]) in self._made
+
+    def encode(self, tasks: Sequence[Task], params: Sequence[Params]) -> tuple[Encoded, ...]:
+        """Round quickly, where that was not done yet."""
+        way = _way(params[0])
+        if way not in self._made:
+            problem = self._problem or Problem.of(tasks[0], self._device)
+            self._made[way] = self._quick(tasks[0], way, problem)
+        return (self._made[way],)
+
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """Numbers of levels that are offered."""
+        if self._is_coded(self._bits):
+            return FINE
+        return tuple(n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n))
+
+    def _scan(self, bits: float) -> tuple[Way, ...]:
+        """Return what to try for the bits that a target leaves each number."""
+        if self._is_coded(bits):
+            rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else (1.25, 2.5)
+            fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
+            return (*(("bits", b) for b in rates), *fine)
+        levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
+        return tuple(("levels", n) for n in levels)
+
+    def _is_coded(self, bits: float) -> bool:
+        """Whether frequent numbers take fewer bits: all weights together are worth what decodes them."""
+        return self._opset >= escapes.SINCE and bits * self._total >= 8 * _WORTH
+
+    def _quick(self, task: Task, way: Way, problem: Problem) -> Encoded:
+        return problem.encoded(task, dict([way]), quick=True, device=self._device)
+
+    def _candidate(self, way: Way, error: float) -> Candidate:
+        params: Params = dict([way])
+        return Candidate(self._weight.name, NAME, params, cost(self._weight, params), error)
+
+
+def cost(weight: Weight, params: Params) -> int:
+    """Bytes of the words and of the steps; with ``bits``, at most."""
+    steps = 2 * layout.columns(weight)
+    if "bits" in params:
+        return math.ceil(float(params["bits"]) * weight.size / 8) + steps
+    return Packing.best(int(params["levels"]), weight.size, OPSET).nbytes(weight.size) + steps
+
+
+def _way(params: Params) -> Way:
+    ((name, value),) = params.items()
+    assert not isinstance(value, str)
+    return name, value
+
+
+def _log_levels(way: Way) -> float:
+    """Return the logarithm of a number of levels, or of what bits are as good as."""
+    return math.log(way[1]) if way[0] == "levels" else way[1] * math.log(2)
+
+
+def along(x: float, xs: Array, ys: Array, slopes: tuple[float, float] = _SLOPES) -> float:
+    """Interpolate; beyond the ends, the slope between them goes on, as far as errors of levels have such."""
+    slope = slopes[0]
+    if len(xs) > 1:
+        slope = float(np.clip((ys[-1] - ys[0]) / (xs[-1] - xs[0]), *slopes))
+    if x < xs[0]:
+        return float(ys[0] + slope * (x - xs[0]))
+    return float(ys[-1] + slope * (x - xs[-1])) if x > xs[-1] else float(np.interp(x, xs, ys))
