@@ -33,7 +33,7 @@ MEASURED = (16.0, 4.0, 2.0)
 
 _FREE = (*TARGETS, "macs", "refit", "short_names", "prune", "device", "analysis", "save_analysis")
 """Settings that may differ from those of the analysis: they ask for something, or change what follows it."""
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
