@@ -135,6 +135,7 @@ class Budget:
     def _near(self, choice: Choice) -> float:
         """Return the bytes that a choice may leave over: more where encoding fills the file (see refine)."""
         fills = any("bits" in c.params for c in choice.candidates.values())
+        fills = fills and self.rewriter.settings.refit is not False
         return max(self.nbytes * (NEARLY if fills else NEAR), 64)
 
     def _checked(self, choice: Choice, room: int) -> Choice:

@@ -346,9 +346,15 @@ class Job:
         missed = 0
         for done in range(_FITTED + 1):
             assert self._encoded is not None
-            over = model_file.output_size(self.rewriter.rewritten(*self._encoded)) - within.nbytes
-            if over <= 0 or done == _FITTED:
+            nbytes = model_file.output_size(self.rewriter.rewritten(*self._encoded))
+            over = nbytes - within.nbytes
+            if over <= 0:
                 break
+            if done == _FITTED:
+                raise TargetError(
+                    f"The target ({self.settings.target}) is out of reach: the smallest result takes "
+                    f"{nbytes:,} bytes; ask for that (--size {nbytes})."
+                )
             missed += over * 2**done
             log.info("the file is %d bytes beyond the budget: choosing again", over)
             less = replace(within, nbytes=within.nbytes - missed)

@@ -179,17 +179,6 @@ def filled(
     return table.filled(choice, choice.nbytes + left)
 
 
-def price(
-    items: Sequence[Item],
-    curves: Curves,
-    budget: int,
-    overhead: Mapping[str, int],
-    operations: Operations | None = None,
-) -> float:
-    """Return the damage per byte from which on choices are within ``budget`` bytes, as far as any is."""
-    return _Table(items, curves, overhead, operations).price(budget)
-
-
 def at_price(
     items: Sequence[Item],
     curves: Curves,

@@ -38,12 +38,14 @@ RIDGE = (0.03, 0.3)
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
-_CLOSED = 4
-"""Times that a weight is encoded again to fill a file, and again to fit ..."""
-_LARGE = 0.05
-"""... that holds this share of the numbers ..."""
+_CLOSED = 6
+"""Times that a weight is encoded to fill a file ..."""
+_LARGE = 0.5
+"""... that holds at least so many times the numbers of the largest ..."""
 _SPARE = 0.5
-"""... and whose own may take so many bits more or less."""
+"""... and whose own may take so many bits more or less, ..."""
+_SAME = 1e-3
+"""... down to this difference."""
 
 Room: TypeAlias = Callable[[Sequence[Encoded]], tuple[int, float]]
 """Gives the bytes left over, and how many may be."""
@@ -118,15 +120,10 @@ def refine(
                 partial(_look, compressed, spot, changes, workshop.seed),
             )
             fit = partial(_refit, workshop, choice, tensor, w, aims, seen, quick=quick)
-            new, shift = fit()
-            spare = 0.0
-            for done in range(2 * _CLOSED if choice.weight in closing else 0):
-                assert room is not None
-                left, near = room([*encoded.values(), new])
-                if 0 <= left <= near or (left > 0 and done >= _CLOSED):
-                    break
-                spare += 8 * (left - near / 2 * 2.0 ** max(done - _CLOSED, 0)) / weight.size
-                new, shift = fit(spare=min(max(spare, -_SPARE), _SPARE))
+            if room is None or choice.weight not in closing:
+                new, shift = fit()
+            else:
+                new, shift = _filled(fit, partial(_beside, room, list(encoded.values())), weight)
         encoded[choice.weight] = new
         if spot.centred:
             shifts[choice.weight] = shift
@@ -135,11 +132,47 @@ def refine(
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
 
 
+def _beside(room: Room, encoded: Sequence[Encoded], new: Encoded) -> tuple[int, float]:
+    return room([*encoded, new])
+
+
+def _filled(
+    fit: Callable[..., tuple[Encoded, Array]],
+    room: Callable[[Encoded], tuple[int, float]],
+    weight: Weight,
+) -> tuple[Encoded, Array]:
+    """Encode a weight with so many bits more or less that the file is full; where that fails, with the most.
+
+    What it takes hardly ever follows its bits to the byte: between too few and too many, halves are tried.
+    """
+    low, high, spare = -_SPARE, _SPARE, 0.0
+    best: tuple[int, Encoded, Array] | None = None
+    tried: set[float] = set()
+    for _ in range(_CLOSED):
+        new, shift = fit(spare=spare)
+        tried.add(spare)
+        left, near = room(new)
+        if left < 0:
+            high = min(high, spare)
+        else:
+            low = max(low, spare)
+            if best is None or left < best[0]:
+                best = left, new, shift
+            if left <= near:
+                break
+        spare = min(max(spare + 8 * (left - near / 2) / weight.size, low), high)
+        if spare in tried:
+            spare = (low + high) / 2
+        if spare in tried or high - low < _SAME:
+            break
+    return (new, shift) if best is None else best[1:]
+
+
 def _closing(workshop: Workshop, order: Sequence[Candidate]) -> Sequence[str]:
     """Name the last large weight, where some bytes more or less hardly matter, and those after it."""
-    total = sum(workshop.weights[c.weight].size for c in order)
     names = [c.weight for c in order if "bits" in c.params]
-    large = [i for i, n in enumerate(names) if workshop.weights[n].size >= _LARGE * total]
+    sizes = [workshop.weights[n].size for n in names]
+    large = [i for i, size in enumerate(sizes) if size >= _LARGE * max(sizes)]
     return names[large[-1] :] if large else ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
@@ -12,15 +13,18 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from rewriting import FORMS, draw, find, model, nodes_of, rewrite, session
 from test_forms import SPARED, weight_of
 from test_packing import X, assert_decodes, finished, part_of, sheet, together
 from test_rounding import EPS32, curved, problem, quadratic
 
+import onnxdp
 from onnxdp import model as model_file
-from onnxdp import walk
+from onnxdp import refine, walk
 from onnxdp.build import Builder, nbytes
+from onnxdp.errors import TargetError
 from onnxdp.methods import escapes, packing, streams
 from onnxdp.methods.escapes import CODES, MOST, Coded, bits_of, code_for, like
 from onnxdp.methods.form import Task
@@ -231,6 +235,71 @@ def convs(opset=17, wide=8, **kinds):
     proto = model(body, f"float[N,{wide},{size},{size}] x", f"float[N,{wide},2,2] y", tensors, opset=opset)
     feed = {"x": draw(rng, 2, wide, size, size)}
     return proto, {n: ("quant", k) for n, k in kinds.items()}, feed
+
+
+def test_codes_that_begin_alike_keep_words_of_their_own():
+    proto, params, feed = convs(
+        wide=24, a={"bits": 2.375}, b={"bits": 3.25}, c={"bits": 2.5}, d={"bits": 3.0}
+    )
+    with mock.patch.object(escapes, "common", lambda parts: {code: code for _, code in parts}):
+        rewrite(proto, params).assert_equals_dense(feed)
+
+
+def test_branches_may_call_their_weights_alike():
+    rng = np.random.default_rng(0)
+
+    def branch(name):
+        w = numpy_helper.from_array(draw(rng, 300, 300) / np.float32(17), "W")
+        out = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        return helper.make_graph([helper.make_node("MatMul", ["x", "W"], [name])], name, [], [out], [w])
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch("t"), else_branch=branch("e"))
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 300]) for n in "xy"]
+    cond = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    graph = helper.make_graph([node], "g", [ends[0], cond], [ends[1]])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = onnxdp.compress(proto, ratio=10, samples=64).model
+    x = draw(rng, 8, 300)
+    for cond in (True, False):
+        feed = {"x": x, "c": np.array(cond)}
+        (before,), (after,) = (session(m).run(None, feed) for m in (proto, made))
+        # at most 3.2 bits a number: less than a quarter is lost, and all of it by the other branch's weight
+        assert np.linalg.norm(after - before) < 0.5 * np.linalg.norm(before)
+
+
+def test_a_size_that_steps_in_float32_go_beyond_is_refused_with_the_bytes_there_are():
+    """Steps of 1e-8 are no float16, which outlines foresee."""
+    rng = np.random.default_rng(0)
+    tensors = {n: draw(rng, 128, 128) * np.float32(1e-7) for n in "AB"} | {"s": np.array(1e6, np.float32)}
+    body = "a = MatMul(x, A) b = Mul(a, s) c = Relu(b) d = MatMul(c, B) y = Mul(d, s)"
+    proto = model(body, "float[N,128] x", "float[N,128] y", tensors)
+    with pytest.raises(TargetError, match="best reachable") as first:
+        onnxdp.compress(proto, size="1000")
+    foreseen = re.search(r"--size (\d+)", str(first.value))[1]
+    with pytest.raises(TargetError, match="smallest result takes") as second:
+        onnxdp.compress(proto, size=foreseen)
+    real = int(re.search(r"--size (\d+)", str(second.value))[1])
+    assert real > int(foreseen) and onnxdp.compress(proto, size=str(real)).report.target.nbytes <= real
+
+
+@given(
+    spare_bytes=st.integers(-3000, 3000),
+    size=st.integers(5000, 200_000),
+    jump=st.integers(1, 800),
+)
+def test_filling_keeps_the_most_that_fits(spare_bytes, size, jump):
+    """Bytes follow the bits asked for in jumps; what is kept fits if anything that was tried does."""
+    tried = {}
+
+    def fit(spare):
+        taken = -(-int(spare * size / 8) // jump) * jump
+        tried[taken] = spare_bytes - taken
+        return taken, None
+
+    kept, _ = refine._filled(fit, lambda taken: (spare_bytes - taken, 64), mock.Mock(size=size))
+    fitting = [left for left in tried.values() if left >= 0]
+    assert tried[kept] == (min(fitting) if fitting else tried[kept])
+    assert len(tried) <= 6
 
 
 def test_files_tell_how_many_escapes_there_are(tmp_path):

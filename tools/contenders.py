@@ -152,15 +152,12 @@ def ours(model: Path, asked: argparse.Namespace) -> Iterator[Job]:
             return {"failed": "the package changed meanwhile", "forget": True}
         return figures(ran) | {"commit": commit()}
 
-    always = []
-    if model.stem.endswith("_ktb") and "--no-codebooks" in understood():
-        always = ["--no-codebooks"]  # its weights once came from codebooks: finding them again proves nothing
     variants = {"onnxdp": ""} | dict(v.split("=", 1) for v in asked.variant)
     for name, text in variants.items():
         for calibrated in (False, True):
             if calibrated and ("--calibrate" not in understood() or name != "onnxdp"):
                 continue
-            options = [*always, *shlex.split(text)]
+            options = shlex.split(text)
             title = name if name == "onnxdp" else f"onnxdp {name}"
             title += f", {PICTURES} pictures" if calibrated else ""
             for ratio in asked.ratios:

@@ -1,4 +1,4 @@
-"""Integers of any size as streams of digits, frequent ones in few bits, and the operators that undo it.
+"""Integers up to 126 as streams of digits, frequent ones in few bits, and the operators that undo it.
 
 Integers are put in a row, 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream of L levels names one of
 the first L - 1 that the streams before it left over, or escapes: then the next stream says what stands there.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -181,7 +181,7 @@ def like(name: str, size: int, bits: float) -> Array:
     return made
 
 
-@cache
+@lru_cache(maxsize=256)
 def _some(size: int, bits: float) -> Array:
     """Return integers whose sizes fall off as those of weights do."""
     code = code_for(bits)
@@ -293,7 +293,7 @@ def _nbytes(levels: int, size: int) -> int:
 
 def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
     """Draw the integers in a row, int8, and by how many zeros too many."""
-    build = build.outer  # there the length of what NonZero gives can be told
+    build = build.outer  # there the length of what Compress gives can be told
     run, levels = coded.code
     value: ir.Value | None = None
     over = 0

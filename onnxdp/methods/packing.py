@@ -213,7 +213,7 @@ def stream(build: Builder, digits: Array, grid: Grid, name: str) -> tuple[ir.Val
 def _row(build: Builder, packed: Packing, words: Array, grid: Grid, name: str, *, divided: bool) -> ir.Value:
     """Draw what the digits of all words stand for, one after the other."""
     if packed.digits == 1:
-        return build.constant("words", grid.values[words], name)
+        return build.named(name).constant("words", grid.values[words])
     if build.opset < 10 or not divided:
         value = _rows(build.named(name), packed, words, grid)
     else:
@@ -224,7 +224,7 @@ def _row(build: Builder, packed: Packing, words: Array, grid: Grid, name: str, *
 def spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
     """Take words apart: (word // L^i) mod L, in uint32 or int32, which runtimes divide alike; int32."""
     long, int32 = packed.word == "uint32", int(ir.DataType.INT32)
-    value = build.constant("words", words.reshape(-1, 1), name)
+    value = build.named(name).constant("words", words.reshape(-1, 1))
     if not long:
         value = build.node("Cast", [value], "rows", to=int32)
     if packed.digits == 1:

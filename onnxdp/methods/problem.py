@@ -301,7 +301,7 @@ def words_of(integers: Array, params: Params) -> dict[str, Array]:
 
 
 def coded_of(weight: Weight, encoded: Encoded) -> Coded:
-    """Undo :func:`_words`."""
+    """Undo :func:`words_of`."""
     run, *levels = encoded.arrays["code"].tolist()
     code, most = Code(run, tuple(levels)), code_for(float(encoded.params["bits"]))
     if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:

@@ -33,7 +33,7 @@ from onnxdp.weights import Reader
 
 
 class Quantized:
-    """Few levels, packed."""
+    """Whole steps of few bits, packed."""
 
     name = NAME
     sequential = True
@@ -60,7 +60,7 @@ class Quantized:
     def groups(
         self, weights: Sequence[Weight], sources: Mapping[str, str], *, everywhere: bool
     ) -> Sequence[tuple[str, ...]]:
-        """Share nothing but tables."""
+        """Share nothing but what decodes."""
         return ()
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
@@ -94,7 +94,7 @@ class Quantized:
             return {n: a.shape for n, a in made.items()} == {n: a.shape for n, a in like.items()}
         try:
             coded = coded_of(weight, encoded)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return False
         roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams)))}
         return set(made) == roles and made["scale"].shape == like["scale"].shape

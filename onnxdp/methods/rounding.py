@@ -132,8 +132,8 @@ class Rounded:
 
     Attributes
     ----------
-    digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels
-        k, in the weight's own order of rows.
+    digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels; int8 of a lattice
+        k, or whole steps, in the weight's own order of rows.
     scale : array of shape (stack, outputs), float32
         The same for all parts of one column.
     error : array of shape (stack, outputs), float32
