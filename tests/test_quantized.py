@@ -276,8 +276,9 @@ def test_an_outline_of_bits_has_about_the_bytes_of_the_encoding(shapes, bits, se
         ]
         ReplaceWeights(find_again(copied), some, FORMS, {}, "test")(copied.ir)
         sizes.append(model_file.output_size(copied))
-    # the outline's numbers fall off differently, so that another stream may be left out
-    assert abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1] + SPARED
+    # the outline's numbers fall off differently, so that other streams of each code may be left out
+    codes = {code_for(b) for b in bits[: len(shapes)]}
+    assert abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1] + len(codes) * SPARED
 
 
 def find_again(held):
