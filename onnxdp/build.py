@@ -348,10 +348,7 @@ def _blank_with(opset: int, draw: Callable[[Builder], object]) -> int:
     draw(Builder(graph, "w", paper))
     paper.finish()
     proto = ir.serde.serialize_model(model)
-    told = {name for _, name in walk.told(model)}
-    kept = [info for info in proto.graph.value_info if info.name in told]
-    del proto.graph.value_info[:]  # onnx-ir adds it, and the file does not get it
-    proto.graph.value_info.extend(kept)
+    walk.keep_value_infos(proto, walk.told(model))  # onnx-ir adds the others, and the file does not get them
     return int(proto.ByteSize())
 
 

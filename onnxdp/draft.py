@@ -67,7 +67,7 @@ class Draft:
         for opset in proto.opset_import:
             if not opset.domain:
                 opset.ClearField("domain")
-        _keep_value_info(proto, self.value_info | walk.told(graph))
+        walk.keep_value_infos(proto, self.value_info | walk.told(graph))
         for tensor in walk.tensor_protos(proto):
             once = {e.key: e for e in tensor.metadata_props}
             if len(once) < len(tensor.metadata_props):
@@ -166,14 +166,6 @@ def _address(tensor: ir.TensorProtocol) -> int:
     """Where a tensor's bytes lie in memory; something unique where it makes them anew each time."""
     raw = getattr(tensor, "raw", None)
     return int(raw.ctypes.data) if isinstance(raw, np.ndarray) and raw.flags.c_contiguous else -id(tensor)
-
-
-def _keep_value_info(proto: ModelProto, names: Set[tuple[str, str]]) -> None:
-    """Take off every value_info but those of ``names``: pairs of a scope and a name."""
-    for scope, infos in walk.value_infos(proto):
-        kept = [v for v in infos if (scope, v.name) in names]
-        del infos[:]
-        infos.extend(kept)
 
 
 def _reference(tensor: ir.TensorProtocol, location: str, offset: int, length: int) -> ir.ExternalTensor:

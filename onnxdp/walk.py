@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import onnx_ir as ir
@@ -94,6 +94,14 @@ def _nested(nodes: Iterable[NodeProto], scope: str) -> Iterator[tuple[str, Any]]
                 inner = f"{scope}/{node.output[0] if node.output else node.name}.{attribute.name}{i}"
                 yield inner, graph.value_info
                 yield from _nested(graph.node, inner)
+
+
+def keep_value_infos(proto: ModelProto, names: Set[tuple[str, str]]) -> None:
+    """Take off every value_info but those of ``names``: pairs of a scope and a name."""
+    for scope, infos in value_infos(proto):
+        kept = [v for v in infos if (scope, v.name) in names]
+        del infos[:]
+        infos.extend(kept)
 
 
 def drop_initializer_infos(proto: ModelProto) -> None:

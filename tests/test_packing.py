@@ -538,6 +538,16 @@ def test_weights_drawn_together_decode_and_fold(opset, tmp_path):
     assert len(words) == len({p.code.levels for p in parts}) < len(parts)
 
 
+def assert_decode_and_are_no_larger_together(parts):
+    proto = together(17, parts)
+    assert_decodes(proto, parts)
+    with mock.patch.object(streams, "SMALL", 0):
+        apart = together(17, parts)
+    assert_decodes(apart, parts)
+    # names of what is not shared differ by some bytes from those on the blank sheet that was compared
+    assert proto.ByteSize() <= apart.ByteSize() + 2 * len(parts) + 16
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from([2, 3, 4, 6, 9, 23, 255]), st.integers(1, 9), st.integers(1, 40)),
@@ -547,13 +557,7 @@ def test_weights_drawn_together_decode_and_fold(opset, tmp_path):
 @settings(max_examples=40, deadline=None)
 def test_any_weights_decode_and_are_no_larger_together(cases):
     parts = [part_of(n, (rows, columns), seed=i) for i, (n, rows, columns) in enumerate(cases)]
-    proto = together(17, parts)
-    assert_decodes(proto, parts)
-    with mock.patch.object(streams, "SMALL", 0):
-        apart = together(17, parts)
-    assert_decodes(apart, parts)
-    # names of what is not shared differ by some bytes from those on the blank sheet that was compared
-    assert proto.ByteSize() <= apart.ByteSize() + 2 * len(parts) + 16
+    assert_decode_and_are_no_larger_together(parts)
 
 
 def test_a_further_weight_of_known_levels_and_rows_costs_some_bytes():

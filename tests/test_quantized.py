@@ -355,15 +355,21 @@ def test_apply_gives_the_bytes_of_compress(plan):
     assert json.loads(dry.stdout)["target"]["nbytes"] == Path("planned.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("levels", [2, 5, 84, 255])
-def test_levels_edited_by_hand_are_honoured(plan, levels):
-    edited(plan, levels=levels)
+def applied(plan, **params):
+    """What became of w2 under a plan edited so, and what such params cost."""
+    edited(plan, **params)
     done = onnxdp("apply", "in.onnx", "q.json", "out.onnx", "--json")
     assert done.exit_code == 0, done.stderr
     line = next(x for x in json.loads(done.stdout)["lines"] if x["weight"] == "w2")
-    assert (line["method"], line["params"]) == ("quant", {"levels": levels})
+    assert (line["method"], line["params"]) == ("quant", params)
     weight = next(w for w in weights.find(model_file.read("in.onnx").ir).weights if w.name == "w2")
-    assert line["after"] == QUANT.cost(weight, {"levels": levels})
+    return line, QUANT.cost(weight, params)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 84, 255])
+def test_levels_edited_by_hand_are_honoured(plan, levels):
+    line, cost = applied(plan, levels=levels)
+    assert line["after"] == cost
     assert package.verify("in.onnx", "out.onnx", samples=8).passed
 
 
@@ -384,15 +390,9 @@ NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [
 
 @pytest.mark.parametrize("bits", [0.5, 1.25, 3.0, 6])
 def test_bits_edited_by_hand_are_honoured(plan, bits):
-    edited(plan, bits=bits)
-    done = onnxdp("apply", "in.onnx", "q.json", "out.onnx", "--json")
-    assert done.exit_code == 0, done.stderr
-    line = next(x for x in json.loads(done.stdout)["lines"] if x["weight"] == "w2")
-    assert (line["method"], line["params"]) == ("quant", {"bits": bits})
-    weight = next(w for w in weights.find(model_file.read("in.onnx").ir).weights if w.name == "w2")
-    cost = QUANT.cost(weight, {"bits": bits})
+    line, cost = applied(plan, bits=bits)
     assert line["after"] <= cost + SPARED
-    package.verify("in.onnx", "out.onnx", samples=8)
+    assert package.verify("in.onnx", "out.onnx", samples=8).passed
 
 
 @pytest.mark.parametrize("params", NO_LEVELS, ids=str)

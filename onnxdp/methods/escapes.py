@@ -283,12 +283,8 @@ def code_for(bits: float) -> Code:
 @cache
 def _bits(levels: int) -> float:
     """Bits of one digit, packed."""
-    return 8 * _nbytes(levels, 9600) / 9600
-
-
-@cache
-def _nbytes(levels: int, size: int) -> int:
-    return min(p.nbytes(size) for p in packing.offered(levels, SINCE)) if size else 0
+    many = 9600  # whole words of every number of digits, nearly
+    return 8 * min(p.nbytes(many) for p in packing.offered(levels, SINCE)) / many
 
 
 def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:

@@ -222,7 +222,8 @@ class Lattice:
         self._curvature, self._steps, self._parts, self._most = curvature, steps, parts, float(most)
         self._w = take(w, curvature.order) / steps[:, None, :]
         self._hw: Array | None = None
-        self._q = self._hq = self._w
+        self._hq: Array | None = None
+        self._q = self._w
         self._factor = 1.0
 
     def round(self, factor: float) -> None:
@@ -232,17 +233,23 @@ class Lattice:
             self._q = _nearest(unit, self._most)
         else:
             self._q, _ = _feedback(unit, self._curvature.feedback, self._most)
-        self._hw = None
+        self._hq = None
 
     def sweep(self, factor: float) -> None:
         """Round every number once more, all others fixed (coordinate descent)."""
         if self._curvature.plain:
             return self.round(factor)
-        if self._hw is None:
-            self._hw, self._hq = (_times(self._curvature, x) for x in (self._w, self._q))
+        if self._hq is None:
+            self._hq = _times(self._curvature, self._q)
         self._factor, moment = factor, self._curvature.moment
-        self._q, self._hq = _sweep(self._hw / factor, self._q, self._hq, moment, self._most)
+        self._q, self._hq = _sweep(self._pull() / factor, self._q, self._hq, moment, self._most)
         return None
+
+    def _pull(self) -> Array:
+        """Return ``H w``, in units of the steps: large, and the same whatever their factor."""
+        if self._hw is None:
+            self._hw = _times(self._curvature, self._w)
+        return self._hw
 
     @property
     def integers(self) -> Array:
@@ -253,7 +260,7 @@ class Lattice:
     def rounded(self) -> Rounded:
         """Fit the steps once more to the integers."""
         xp = arrays.namespace(self._q)
-        hw, hq = (_times(self._curvature, x) for x in (self._w, self._q))
+        hw, hq = self._pull(), _times(self._curvature, self._q)
         over, under = (_joined(xp.sum(self._q * x, axis=1), self._parts) for x in (hw, hq))
         scale = ratio(over, under, xp.full_like(over, self._factor))
         lost = self._w - self._q * scale[:, None, :]
