@@ -28,6 +28,8 @@ DTYPES = {
 
 TERSE = "dp"
 """Starts the names of what only decodes; a number follows."""
+_COPIED = 1 << 16
+"""Numbers up to which copying them takes less time than the operators around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Paper:
         self.decoding: dict[ir.Graph, list[ir.Node]] = {}
         self.pools: dict[tuple[int, tuple[int, ...]], list[_Vector]] = {}
         self.waiting: dict[str, tuple[Callable[[Builder, list[Any]], None], list[Any]]] = {}
-        self.row: tuple[ir.Value | None, int] = None, 0
+        self.rows: dict[int, tuple[ir.Value, int]] = {}
         self._taken: set[str] = set()
         self._terse = 0
         for graph in (model.graph, *model.graph.subgraphs()):
@@ -93,8 +95,7 @@ class Paper:
         for (axis, _), vectors in self.pools.items():
             read = [v for v in vectors if v.value.uses() or v.value.is_graph_output()]
             poured += _pour(self, axis, read) if read else []
-        row, count = self.row
-        if row is not None:
+        for row, count in self.rows.values():
             ends = [Builder(self.graph, TERSE, self).integers(np.array(n, np.int32)) for n in (0, count, 1)]
             poured.append(ir.node("Range", ends, outputs=[row], name=""))
         if poured:
@@ -200,12 +201,15 @@ class Builder:
         return self._once(outer, key, lambda: self._kept(outer, briefly(array, paper.terse())))
 
     def counted(self, count: int) -> ir.Value:
-        """Return 0, 1, ... in int32, ``count`` of them or more, drawn once for all weights."""
-        row, most = self._paper.row
-        if row is None:
-            row = ir.Value(name=self._paper.terse())
-            self.promise(row)
-        self._paper.row = row, max(most, count)
+        """Return 0, 1, ... in int32, ``count`` of them or more, drawn once for all that are about as many.
+
+        ONNX Runtime copies what a node reads before it folds the node: one row for all would be copied whole
+        for each of them.
+        """
+        about = max(count, _COPIED).bit_length()
+        row, most = self._paper.rows.get(about) or (ir.Value(name=self._paper.terse()), 0)
+        self.promise(row)
+        self._paper.rows[about] = row, max(most, count)
         return row
 
     def zero(self, dtype: str) -> ir.Value:
