@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxdp import planner, stats
 from onnxdp.damage import Search
-from onnxdp.encoder import NEAR
+from onnxdp.encoder import near
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.model import Model
@@ -136,7 +136,7 @@ class Budget:
         """Return the bytes that a choice may leave over: more where encoding fills the file (see refine)."""
         fills = any("bits" in c.params for c in choice.candidates.values())
         fills = fills and self.rewriter.settings.refit is not False
-        return max(self.nbytes * (NEARLY if fills else NEAR), 64)
+        return near(self.nbytes, NEARLY) if fills else near(self.nbytes)
 
     def _checked(self, choice: Choice, room: int) -> Choice:
         """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""
@@ -150,7 +150,7 @@ class Budget:
 
     def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
         """Return the choice, or the one made with every change weighed within the whole, if it is better."""
-        if not self.search.light:
+        if not self.search.workshop.light:
             return choice
         encoded = encode(choice)
         best, damage = choice, self.search.measured(*encoded)[0]

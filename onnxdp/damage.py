@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from onnxdp import planner, stats
+from onnxdp import planner
 from onnxdp.encoding import Workshop
 from onnxdp.errors import TargetError
 from onnxdp.meter import Meter
@@ -40,17 +40,15 @@ TILT = 2.0
 """What the last weight's damage counts over what it does alone, and the first's the other way round."""
 DEEP = 12
 """Weights from which that holds in full: where few layers follow, little is made up for."""
-REWEIGHED = 400_000_000
-"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 SMALL = 0.05
 """Share of the numbers whose holders, the smallest weights, stay float16 unless the target needs them ..."""
 SLACK = 0.02
 """... and the share of the file's budget that they may take so."""
 
-_PRICES = (-60.0, 0.0)
-"""Least and highest logarithm of damage per byte; which is found by as many ..."""
+PRICES = (-60.0, 0.0)
+"""Least and highest logarithm of damage per byte."""
 _HALVINGS = 14
-"""... halvings of what lies between."""
+"""Times that what lies between these is halved to find the price of an allowed damage."""
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +96,6 @@ class Search:
         smaller = frozenset(n for i in items for n, own in i.alone.items() if len(own) > 1 or i.together)
         return cls(workshop, meter, items, overhead, progress, costly=costly, late=late, smaller=smaller)
 
-    @property
-    def light(self) -> bool:
-        """Whether encoding a choice once more, to weigh changes within it, takes little."""
-        return stats.macs(self.workshop.found.weights) <= REWEIGHED
-
     def curve(self, candidate: Candidate) -> Curve:
         """Return what is known of the damage of a candidate's kind."""
         key = candidate.weight, candidate.method
@@ -118,20 +111,23 @@ class Search:
         TargetError
             Not even the smallest candidates fit.
         """
-        return self._settle(lambda: self._choose(budget))
+        self._scan_once()
+        return self._settle(lambda: self._choose(budget), ROUNDS)
 
     def within_damage(self, allowed: float) -> Choice:
         """Return the smallest choice whose foreseen damage is allowed, measured where it falls.
 
         Where that is costly, what the scan says has to do: the choice is encoded and measured as a whole.
         """
+        self._scan_once()
         return self._settle(lambda: self._smallest_within(allowed), 0 if self.costly else ROUNDS)
 
-    def _settle(self, choose: Callable[[], Choice], rounds: int = ROUNDS) -> Choice:
+    def at_price(self, log_price: float) -> Choice:
+        """Return the best choice at a price (log of damage per byte), measured where it falls."""
+        return self._settle(lambda: self._best_at(log_price), 2)
+
+    def _settle(self, choose: Callable[[], Choice], rounds: int) -> Choice:
         """Choose, measure where the choice falls, and choose again, until it rests on measurements."""
-        if not self._scanned:
-            self.scan()
-            self._scanned = True
         choice = choose()
         for number in range(rounds):
             if not self._measure(choice, number):
@@ -144,19 +140,19 @@ class Search:
         return (1 + 1e-9) * float(planner.damages(list(choice.candidates.values()), self.curves).sum())
 
     def _smallest_within(self, allowed: float) -> Choice:
-        low, high = _PRICES
-        best = self._at_price(low)
+        low, high = PRICES
+        best = self._best_at(low)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            choice = self._at_price(middle)
+            choice = self._best_at(middle)
             if choice.damage <= allowed:
                 best, low = choice, middle
             else:
                 high = middle
         return best
 
-    def _at_price(self, log_price: float) -> Choice:
-        """Return the best choice at a price (log of damage per byte), on what is known."""
+    def _best_at(self, log_price: float) -> Choice:
+        """Return the best choice at a price, on what is known."""
         price = math.exp(log_price)
         return planner.at_price(self.items, self.curves, price, self.overhead, self.operations)
 
@@ -164,14 +160,10 @@ class Search:
         """Return the choice with ``left`` bytes more to spend, on what is known."""
         return planner.filled(self.items, self.curves, choice, left, self.overhead, self.operations)
 
-    def settled(self, log_price: float, number: int) -> Choice:
-        """Choose at a price (log of damage per byte), measuring once or twice where the choice falls."""
-        choice = self._at_price(log_price)
-        for _ in range(2):
-            if not self._measure(choice, number):
-                break
-            choice = self._at_price(log_price)
-        return choice
+    def _scan_once(self) -> None:
+        if not self._scanned:
+            self.scan()
+            self._scanned = True
 
     def scan(self) -> None:
         """Measure weights alone at a few shares of their float16 bytes: every curve needs a foot to stand on.

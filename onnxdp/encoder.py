@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from onnxdp import model as model_file
-from onnxdp import stats
-from onnxdp.damage import REWEIGHED, Search
+from onnxdp.damage import Search
 from onnxdp.encoding import Workshop
 from onnxdp.network import Network
 from onnxdp.planner import Choice
@@ -22,13 +21,20 @@ from onnxdp.settings import Progress, Settings
 REFIT_FROM = 0.05
 """Relative output error from which refitting is tried: below, there is little for later layers to repair."""
 
-NEAR = 0.001
-"""Share of the budget that may be left over."""
+_NEAR = 0.001
+"""Share of the budget that may be left over ..."""
+_LEAST = 64
+"""... and bytes that always may."""
 
 MANY = 96
 """Samples from which every other feed is enough for arrays that are only measured."""
 
 log = logging.getLogger(__name__)
+
+
+def near(budget: int, share: float = _NEAR) -> float:
+    """Return the bytes that may be left over of a file's budget."""
+    return max(share * budget, _LEAST)
 
 
 @dataclass(slots=True)
@@ -89,8 +95,8 @@ class Encoder:
             self._originals.pop(True, None)  # there is no way back
         if quick not in self._originals:
             again = quick or self.settings.error_target is not None
-            small = stats.macs(self.workshop.found.weights) <= REWEIGHED
-            self._originals[quick] = Original(self.network, probes, KEPT if again and small else 0)
+            kept = KEPT if again and self.workshop.light else 0
+            self._originals[quick] = Original(self.network, probes, kept)
         return refine(
             self.workshop,
             self.network,
@@ -109,4 +115,4 @@ class Encoder:
         done = {e.weight for e in encoded}
         rest = self.workshop.outline([c for c in choices if c.weight not in done])
         made = self.rewriter.rewritten([*encoded, *rest], self.workshop.no_shifts([*encoded, *rest]))
-        return budget - model_file.output_size(made), max(NEAR * budget, 64)
+        return budget - model_file.output_size(made), near(budget)

@@ -34,6 +34,8 @@ _WIDE = 3000
 """Inputs of a weight from which its second moment takes tens of megabytes."""
 _LARGE = 8_000_000
 """Numbers of a weight from which it is not solved beside another such."""
+_LIGHT = 400_000_000
+"""Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +322,11 @@ class Workshop:
         task = Task(weight, tensor, seen, False, self._bits, lack, quick, spare=spare)
         with arrays.one_blas_thread():
             return form.encode(task, candidate.params, self._settings, device=self._device)
+
+    @property
+    def light(self) -> bool:
+        """Whether encoding a choice once more, to weigh changes within it, takes little."""
+        return stats.macs(self.found.weights) <= _LIGHT
 
     @property
     def sequential(self) -> bool:

@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from onnxdp import model as model_file
 from onnxdp import runtime, verifier
-from onnxdp.damage import Search
+from onnxdp.damage import PRICES, Search
 from onnxdp.errors import TargetError
 from onnxdp.model import Model
 from onnxdp.planner import Choice
@@ -71,11 +71,11 @@ def within_error(search: Search, limit: float, evaluations: int = 10) -> Choice:
     TargetError
         Not even the mildest choice stays within the limit.
     """
-    low, high = -60.0, 0.0  # log of damage per byte
+    low, high = PRICES
     best: Choice | None = None
-    for number in range(evaluations):
+    for _ in range(evaluations):
         middle = (low + high) / 2
-        choice = search.settled(middle, number)
+        choice = search.at_price(middle)
         _, error = search.together(choice)
         log.info("price %.3g: %d bytes, output error %.4g", middle, choice.nbytes, error)
         if error <= limit:
@@ -127,6 +127,13 @@ def within_error_encoded(
     return best or (nothing, ([], {}))
 
 
+class _Known(NamedTuple):
+    """A choice that was encoded, and its error."""
+
+    choice: Choice
+    error: float
+
+
 @dataclass(slots=True)
 class _Hunt:
     """Choices encoded one after the other, each allowed the damage that the errors before it suggest."""
@@ -135,8 +142,8 @@ class _Hunt:
     limit: float
     encode: Encode
     measure: Measure
-    known: list[tuple[Choice, float]] = field(default_factory=list)
-    """Choices and their errors, the latest last."""
+    known: list[_Known] = field(default_factory=list)
+    """The latest last."""
 
     @property
     def _nearly(self) -> float:
@@ -159,7 +166,8 @@ class _Hunt:
                 best = choice, made
             self._learn(choice, error, tried)
             tried.append(choice)
-            weighed = quick and number == 0 and self.search.light and self.search.reweighed(choice, *made)
+            first = quick and number == 0 and self.search.workshop.light
+            weighed = first and self.search.reweighed(choice, *made)
             if fits and not weighed and (error >= self._nearly or choice.candidates == least):
                 break
             allowed = self.next()
@@ -167,15 +175,14 @@ class _Hunt:
 
     def _learn(self, choice: Choice, error: float, tried: Sequence[Choice]) -> None:
         """Note an error; what care gains for one choice, made quickly before, it will for those not tried."""
-        before = next((e for c, e in self.known if c.candidates == choice.candidates), 0.0)
+        before = next((k.error for k in self.known if k.choice.candidates == choice.candidates), 0.0)
         gain = error / before if 0 < before < math.inf and math.isfinite(error) else 1.0
-        sure = [c.candidates for c in tried]
         self.known = [
-            (c, e if c.candidates in sure else gain * e)
-            for c, e in self.known
-            if c.candidates != choice.candidates
+            k if _among(k.choice, tried) else _Known(k.choice, gain * k.error)
+            for k in self.known
+            if k.choice.candidates != choice.candidates
         ]
-        self.known.append((choice, error))
+        self.known.append(_Known(choice, error))
 
     def _untried(self, allowed: float, tried: Sequence[Choice], *, final: bool) -> Choice | None:
         """Return the choice of an allowed damage, or one beside it; None where all are known.
@@ -186,50 +193,62 @@ class _Hunt:
         low, high = 0.0, math.inf  # allowed damages that give what fits, and what does not
         for _ in range(_MOVES):
             choice = self.search.within_damage(allowed)
-            if all(choice.candidates != c.candidates for c in tried):
+            if not _among(choice, tried):
                 return choice
             if choice.damage > allowed:  # the mildest there is
-                break
-            fitting = min((c for c, e in self.known if e <= self.limit), key=lambda c: c.nbytes, default=None)
+                return None
+            fitting, beyond = self._nearest()
             if fitting is None:
                 allowed /= _APART
-                continue
-            if all(fitting.candidates != c.candidates for c in tried):
-                return fitting
-            beyond = [c for c, e in self.known if e > self.limit and c.nbytes < fitting.nbytes]
-            if not beyond:
+            elif not _among(fitting.choice, tried):
+                return fitting.choice
+            elif beyond is None:
                 allowed *= _APART
-                continue
-            nearest = max(beyond, key=lambda c: c.nbytes)
-            if choice.nbytes >= fitting.nbytes:
-                low = max(low, allowed)
             else:
-                high = min(high, allowed)
-            least = max(low, self.search.foreseen(fitting))
-            most = min(high, self.search.foreseen(nearest))
-            if most > _ALIKE * least:
-                allowed = (least * most) ** 0.5
-            elif final:
-                self.search.hold(c for n, c in fitting.candidates.items() if nearest.candidates[n] != c)
-                self.known = [(c, e) for c, e in self.known if c is not nearest]
-                allowed, low, high = self.next(fitting), 0.0, math.inf
-            else:
-                break
+                if choice.nbytes >= fitting.choice.nbytes:
+                    low = max(low, allowed)
+                else:
+                    high = min(high, allowed)
+                least = max(low, self.search.foreseen(fitting.choice))
+                most = min(high, self.search.foreseen(beyond.choice))
+                if most > _ALIKE * least:
+                    allowed = (least * most) ** 0.5
+                elif not final:
+                    return None
+                else:
+                    self._forgo(beyond, fitting)
+                    allowed, low, high = self._aim(fitting), 0.0, math.inf
         return None
 
-    def next(self, choice: Choice | None = None) -> float:
-        """Return the damage to allow after an error, the latest: by the ratio, or between what is known."""
-        damages = [(self.search.foreseen(c), e) for c, e in self.known]
+    def _nearest(self) -> tuple[_Known | None, _Known | None]:
+        """Return the smallest choice known to be within the limit, and the largest smaller one beyond it."""
+        within = [k for k in self.known if k.error <= self.limit]
+        fitting = min(within, key=lambda k: k.choice.nbytes, default=None)
+        if fitting is None:
+            return None, None
+        smaller = [k for k in self.known if k.error > self.limit and k.choice.nbytes < fitting.choice.nbytes]
+        return fitting, max(smaller, key=lambda k: k.choice.nbytes, default=None)
+
+    def _forgo(self, beyond: _Known, fitting: _Known) -> None:
+        """Take no more of the steps that lead from what fits to what does not."""
+        kept, stepped = fitting.choice.candidates, beyond.choice.candidates
+        self.search.hold(c for n, c in kept.items() if stepped[n] != c)
+        self.known = [k for k in self.known if k is not beyond]
+
+    def next(self) -> float:
+        """Return the damage to allow after the latest error: the same again where that was near enough."""
+        latest = self.known[-1]
+        if self._nearly <= latest.error <= self.limit:
+            return self.search.foreseen(latest.choice)
+        return self._aim(latest)
+
+    def _aim(self, start: _Known) -> float:
+        """Return the damage to allow, by what an error lacks to the limit, or between what is known."""
+        damages = [(self.search.foreseen(k.choice), k.error) for k in self.known]
         low = max((d for d, e in damages if e <= self.limit), default=0.0)
         high = min((d for d, e in damages if e > self.limit), default=math.inf)
-        damage, error = (
-            damages[-1]
-            if choice is None
-            else next((d, e) for (d, e), (c, _) in zip(damages, self.known, strict=True) if c is choice)
-        )
-        if choice is None and self._nearly <= error <= self.limit:
-            return damage
-        aim = damage * (_AIM * self.limit / max(error, 1e-3 * self.limit)) ** 2
+        ratio = _AIM * self.limit / max(start.error, 1e-3 * self.limit)
+        aim = self.search.foreseen(start.choice) * ratio**2
         if low == 0:  # errors may hardly fall with damage: strides get longer
             aim = min(aim, high / _APART ** (len(damages) - 1))
         if not low < aim < high:
@@ -238,6 +257,10 @@ class _Hunt:
             else:
                 aim = high / _APART if low == 0 else (low * high) ** 0.5
         return aim
+
+
+def _among(choice: Choice, others: Sequence[Choice]) -> bool:
+    return any(choice.candidates == other.candidates for other in others)
 
 
 def file_error(search: Search, limit: float, rewriter: Rewriter, original: Model, probes: Probes) -> Measure:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxdp
-from onnxdp.budget import NEAR, Budget
+from onnxdp.budget import Budget
+from onnxdp.encoder import near
 from onnxdp.errors import TargetError
 from onnxdp.planner import Choice
 from onnxdp.records import Candidate
@@ -54,8 +55,8 @@ def test_what_is_chosen_fits_and_leaves_no_more_than_the_steps_between_choices(s
     budget = Budget(int(least + share * (most - least)), known, known, None)
     made = budget.closest(least)
     assert known.size(made) <= budget.nbytes
-    near = budget.nbytes - known.size(made) <= max(budget.nbytes * NEAR, 64)
-    assert near or made.nbytes == max(s for s in steps if s + off <= budget.nbytes)
+    full = budget.nbytes - known.size(made) <= near(budget.nbytes)
+    assert full or made.nbytes == max(s for s in steps if s + off <= budget.nbytes)
 
 
 def test_a_file_that_takes_more_than_foreseen_does_not_fall_back_to_the_smallest():
@@ -68,7 +69,7 @@ def test_a_file_that_takes_more_than_foreseen_does_not_fall_back_to_the_smallest
 class Restless:
     """A search whose outputs are far off as soon as anything is rounded, whatever damage was foreseen."""
 
-    costly = light = False
+    costly, workshop = False, SimpleNamespace(light=False)
     items = ()
 
     def light_enough(self, choice):
@@ -110,7 +111,7 @@ def test_where_no_rounding_stays_within_an_error_halves_may(of_halves, left):
 class Stairs:
     """A search along stairs of bytes, each with the damage that is foreseen and the error that it does."""
 
-    costly = light = False
+    costly, workshop = False, SimpleNamespace(light=False)
 
     items = ()
 
