@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from onnxdp import arrays, environment, frontier, runtime, timing, verifier, weights
+from onnxdp import arrays, environment, frontier, runtime, terms, timing, verifier, weights
 from onnxdp import model as model_file
-from onnxdp.errors import PlanError, UsageError
-from onnxdp.job import ENCODING_SETTINGS, REAL, Job
+from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
 from onnxdp.preparation import probes_for
 from onnxdp.records import (
@@ -28,7 +27,7 @@ from onnxdp.records import (
     Weight,
 )
 from onnxdp.result import file_of
-from onnxdp.settings import REAL_INPUTS, Progress, Settings, silent
+from onnxdp.settings import Progress, Settings, silent
 from onnxdp.weights import Found
 
 
@@ -111,7 +110,7 @@ def apply(
     PlanError
         The plan was made for another model, on real inputs that are missing, or names what does not exist.
     """
-    settings = _settings_of(plan, inputs=inputs, calibrate=calibrate, device=device)
+    settings = terms.settings_of(plan, inputs=inputs, calibrate=calibrate, device=device)
     with arrays.one_blas_thread():
         job = Job.start(source, settings, progress, plan=plan)
         job.check(plan)
@@ -220,28 +219,6 @@ def _opened(source: Any) -> tuple[Any, Any]:
     proto = model_file.serialize(model)
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     return proto, runtime.session(path if path is not None else proto)
-
-
-def _settings_of(made: Plan, **extra: Any) -> Settings:
-    """Rebuild the settings that encoding depends on from a plan."""
-    known = (*ENCODING_SETTINGS, REAL)
-    unknown = sorted(set(made.settings) - set(known))
-    if unknown:
-        raise PlanError(f"The plan's settings have an unknown entry {unknown[0]!r}; remove it.")
-    missing = [n for n in known if n not in made.settings]
-    if missing:
-        raise PlanError(f"The plan's settings lack {missing[0]!r}; write it again with 'onnxdp plan'.")
-    said = dict(made.settings)
-    real = said.pop(REAL)
-    if real is not None and (real not in REAL_INPUTS or extra[real] is None):
-        option = f"--{real}" if real in REAL_INPUTS else " or ".join(f"--{n}" for n in REAL_INPUTS)
-        raise PlanError(
-            f"The plan was made on real inputs, which it does not hold; give them again with {option}."
-        )
-    try:
-        return Settings(**said, **extra)
-    except UsageError as e:
-        raise PlanError(f"The plan's settings are unusable: {e.message}") from e
 
 
 def _unsound(found: Found, weight: Weight) -> str | None:

@@ -41,21 +41,28 @@ def near(budget: int, share: float = _NEAR) -> float:
 class Encoder:
     """Makes the arrays of choices of one model."""
 
-    workshop: Workshop
+    rewriter: Rewriter
     network: Network
     fit: Probes
-    settings: Settings
+    """What weights are fitted on."""
     progress: Progress
-    rewriter: Rewriter
-    budget: int | None = None
+    budget: int | None
     """Bytes that the whole file may have."""
     _originals: dict[bool, Original] = field(default_factory=dict)
     """Whether quick -> what is kept of the network as it was."""
 
     @property
+    def _workshop(self) -> Workshop:
+        return self.rewriter.workshop
+
+    @property
+    def _settings(self) -> Settings:
+        return self.rewriter.settings
+
+    @property
     def sequential(self) -> bool:
         """Whether weights are encoded one after the other in the compressed network, whatever is chosen."""
-        return self.workshop.sequential and self.settings.refit is not False
+        return self._workshop.sequential and self._settings.refit is not False
 
     def one_by_one(self, choice: Choice, *, quick: bool = False) -> Made:
         """Encode each weight on what the compressed network feeds it; quickly, if that is to be measured."""
@@ -69,8 +76,8 @@ class Encoder:
         """Return the arrays of the candidates, and what the biases behind them gain."""
         if refit:
             return self._refined(candidates)
-        encoded = self.workshop.encode(candidates)
-        return encoded, self.workshop.shifts(encoded)
+        encoded = self._workshop.encode(candidates)
+        return encoded, self._workshop.shifts(encoded)
 
     def best(self, search: Search, choice: Choice, *, costly: bool) -> tuple[Made, bool]:
         """Encode a choice, refitted where asked for or where that helps; also return whether it was."""
@@ -78,8 +85,8 @@ class Encoder:
             return self.one_by_one(choice), True
         candidates = list(choice.candidates.values())
         plain = self.encoded(candidates, refit=False)
-        refit = self.settings.refit
-        if refit is False or (refit is None and self.settings.unweighted):
+        refit = self._settings.refit
+        if refit is False or (refit is None and self._settings.unweighted):
             return plain, False
         before, error = search.measured(*plain)
         if refit is None and (error < REFIT_FROM or costly or search.meter is None):
@@ -94,11 +101,11 @@ class Encoder:
         if not quick:
             self._originals.pop(True, None)  # there is no way back
         if quick not in self._originals:
-            again = quick or self.settings.error_target is not None
-            kept = KEPT if again and self.workshop.light else 0
+            again = quick or self._settings.error_target is not None
+            kept = KEPT if again and self._workshop.light else 0
             self._originals[quick] = Original(self.network, probes, kept)
         return refine(
-            self.workshop,
+            self._workshop,
             self.network,
             probes,
             choices,
@@ -113,6 +120,6 @@ class Encoder:
     ) -> tuple[int, float]:
         """Return the bytes left once all choices are in the file, those encoded by now as they are."""
         done = {e.weight for e in encoded}
-        rest = self.workshop.outline([c for c in choices if c.weight not in done])
-        made = self.rewriter.rewritten([*encoded, *rest], self.workshop.no_shifts([*encoded, *rest]))
+        rest = self._workshop.outline([c for c in choices if c.weight not in done])
+        made = self.rewriter.rewritten([*encoded, *rest], self._workshop.no_shifts([*encoded, *rest]))
         return budget - model_file.output_size(made), near(budget)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from onnxdp import model as model_file
-from onnxdp import runtime, verifier
+from onnxdp import runtime, terms, verifier
 from onnxdp.errors import TargetError, UsageError, VerifyError
-from onnxdp.job import Job, carried
+from onnxdp.job import Job
 from onnxdp.records import File, Frontier, FrontierPoint, Plan
 from onnxdp.result import file_of, versions
 from onnxdp.settings import TARGETS, Progress, Settings
@@ -57,7 +57,7 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     """
     job = Job.start(source, each[0], progress, also=each[1:])
     seconds = dict(job.seconds)
-    path = job.model.path
+    path = job.original.path
     session = runtime.session(path if path is not None else model_file.serialize(job.original))
     reference = Reference.of(session, job.held_out)
     del session
@@ -74,7 +74,13 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
             seconds[stage] = seconds.get(stage, 0.0) + took
     seconds["total"] = time.perf_counter() - started
     return Frontier(
-        file_of(job.model), tuple(points), carried(each[0]), seconds, versions(), job.device, notices
+        file_of(job.original),
+        tuple(points),
+        terms.said_of(each[0]),
+        seconds,
+        versions(),
+        job.device,
+        notices,
     )
 
 
@@ -85,7 +91,7 @@ def _for_ratio(progress: Progress, settings: Settings) -> Progress:
 
 def _point(job: Job, reference: Reference) -> FrontierPoint:
     """Return what one target gives, or why it gives nothing."""
-    asked, budget = job.settings.ratio, job.settings.budget(job.model.nbytes)
+    asked, budget = job.settings.ratio, job.settings.budget(job.original.nbytes)
     assert asked is not None and budget is not None
     try:
         made = job.plan()
@@ -95,7 +101,7 @@ def _point(job: Job, reference: Reference) -> FrontierPoint:
         return FrontierPoint(asked, budget, None, None, None, None, None, e.message, took)
     damage = sum(c.damage or 0.0 for c in made.choices)
     took = time.perf_counter() - job.started
-    ratio = job.model.nbytes / file.nbytes
+    ratio = job.original.nbytes / file.nbytes
     macs = job.macs(made.choices)
     return FrontierPoint(asked, budget, file.nbytes, file.sha256, ratio, damage, error, None, took, macs)
 
@@ -106,7 +112,7 @@ def _measured(job: Job, made: Plan, reference: Reference) -> tuple[File, float]:
     errors: list[float] = []
 
     def check(at: Path) -> None:
-        job.progress("verifying", 0, 1, "")
+        job.encoder.progress("verifying", 0, 1, "")
         found = verifier.compare(reference, runtime.session(at), job.held_out)
         if not found.passed:
             raise VerifyError(
@@ -114,7 +120,7 @@ def _measured(job: Job, made: Plan, reference: Reference) -> tuple[File, float]:
             )
         errors.append(found.error)
 
-    name = (job.model.path or Path("model.onnx")).name
+    name = (job.original.path or Path("model.onnx")).name
     with tempfile.TemporaryDirectory(prefix="onnxdp-") as folder:
         file = model_file.write(result, Path(folder) / name, check=check)
     return replace(file, path=None), errors[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxdp import analysis as analyses
-from onnxdp import arrays, guard, preparation, reasons, runtime, stats, weights
+from onnxdp import arrays, guard, preparation, reasons, runtime, stats, terms, weights
 from onnxdp import budget as budgets
 from onnxdp import model as model_file
 from onnxdp.analysis import Analysis
@@ -41,10 +41,9 @@ from onnxdp.records import (
     Pruned,
     Report,
     Verification,
-    to_plain,
 )
 from onnxdp.result import Rewriter, file_of, lines_of, verified, versions
-from onnxdp.settings import CALIBRATION, Progress, Settings
+from onnxdp.settings import Progress, Settings
 from onnxdp.thinning import Effect, Thinner
 from onnxdp.tolerance import file_error, within_error, within_error_encoded
 from onnxdp.weights import Found
@@ -69,26 +68,6 @@ _FITTED = 5
 
 log = logging.getLogger(__name__)
 
-ENCODING_SETTINGS = (
-    "method",
-    "macs",
-    "solver",
-    "iterations",
-    "unweighted",
-    "refit",
-    "freeze_initializers",
-    "short_names",
-    "include",
-    "exclude",
-    "samples",
-    "seed",
-    *CALIBRATION,
-)
-"""Settings that decide what the arrays of a choice become: a plan carries them."""
-
-REAL = "real_inputs"
-"""What a plan carries beside these: the setting that gave real inputs, whose data it cannot hold."""
-
 
 @dataclass(slots=True)
 class Job:
@@ -96,27 +75,20 @@ class Job:
 
     original: Model
     """As it was read."""
-    model: Model
-    """What is compressed: it may have fewer channels."""
-    found: Found
-    settings: Settings
-    network: Network
-    fit: Probes
-    held_out: Probes
-    workshop: Workshop
-    device: str
-    progress: Progress
-    notices: list[str]
-    thinner: Thinner
-    dropped: Dropped
     whole: Found
     """The original's weights."""
+    thinner: Thinner
+    dropped: Dropped
+    """Channels that the model went on without, which ``encoder`` and its ``rewriter`` hold."""
     encoder: Encoder
-    rewriter: Rewriter
+    held_out: Probes
+    device: str
+    notices: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _encoded: Made | None = None
     _meter: Meter | None = None
+    _counted: Operations | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
 
     @classmethod
@@ -196,21 +168,13 @@ class Job:
         budget = settings.budget(model.nbytes) if plan is None else plan.budget
         job = cls(
             original,
-            model,
-            found,
-            settings,
-            network,
-            fit,
-            held_out,
-            workshop,
-            device,
-            progress,
-            notices,
+            whole,
             thinner,
             dropped,
-            whole,
-            Encoder(workshop, network, fit, settings, progress, rewriter, budget),
-            rewriter,
+            Encoder(rewriter, network, fit, progress, budget),
+            held_out,
+            device,
+            notices,
             seconds,
             started,
             _measured={} if known is None else dict(known.damages),
@@ -219,6 +183,21 @@ class Job:
             with _clock(seconds, "analysing"):
                 job._analysed(effect, bits).write(settings.save_analysis)
         return job
+
+    @property
+    def rewriter(self) -> Rewriter:
+        """What writes the file, and knows the model that is compressed, its weights and the settings."""
+        return self.encoder.rewriter
+
+    @property
+    def workshop(self) -> Workshop:
+        """What solves and encodes the weights."""
+        return self.rewriter.workshop
+
+    @property
+    def settings(self) -> Settings:
+        """What is asked for."""
+        return self.rewriter.settings
 
     def _analysed(self, effect: Effect | None, bits: float) -> Analysis:
         """Measure what further targets would, and return all that is known by then."""
@@ -230,7 +209,7 @@ class Job:
         return Analysis(
             self.original.sha256,
             analyses.deciding(self.settings),
-            self.fit,
+            self.encoder.fit,
             self.held_out,
             {w.name: w.positions for w in self.whole.weights},
             self.thinner.dead,
@@ -242,7 +221,9 @@ class Job:
     def _search(self) -> Search:
         """Return a search that starts from what was measured already."""
         overhead = budgets.overhead(self.workshop.items(), self.rewriter)
-        search = Search.of(self.workshop, self._measuring(), overhead, self.progress, costly=self.costly)
+        search = Search.of(
+            self.workshop, self._measuring(), overhead, self.encoder.progress, costly=self.costly
+        )
         search.measured_alone = self._measured
         return search
 
@@ -256,35 +237,31 @@ class Job:
 
         What was read, probed, solved and measured is shared; the job itself is not to be asked any more.
         """
-        self.workshop.aim(budgets.bits_left(self.original, self.whole, self.found, settings))
+        self.workshop.aim(budgets.bits_left(self.original, self.whole, self.rewriter.found, settings))
         rewriter = replace(self.rewriter, settings=settings, narrowed=True)
-        budget = settings.budget(self.model.nbytes)
+        budget = settings.budget(self.original.nbytes)
         return replace(
             self,
-            settings=settings,
-            progress=progress,
+            encoder=replace(self.encoder, rewriter=rewriter, progress=progress, budget=budget),
             notices=list(self.notices),
             seconds={},
             started=time.perf_counter(),
             _encoded=None,
-            encoder=replace(
-                self.encoder, settings=settings, progress=progress, rewriter=rewriter, budget=budget
-            ),
-            rewriter=rewriter,
+            _counted=None,
         )
 
     @property
     def costly(self) -> bool:
         """Whether runs of the network take so long that fewer measurements have to do."""
         hunted = self.settings.error_target is not None and self.encoder.sequential
-        return stats.macs(self.found.weights) > (HUNTED if hunted else preparation.COSTLY)
+        return stats.macs(self.rewriter.found.weights) > (HUNTED if hunted else preparation.COSTLY)
 
     def plan(self) -> Plan:
         """Choose."""
         limit = self.settings.error_target
         with _clock(self.seconds, "choosing"):
             search = self._search()
-            search.budget = budget = self.settings.budget(self.model.nbytes)
+            search.budget = budget = self.encoder.budget
             self._distrust(search)
             search.operations = operations = self._operations()
             if operations is not None:
@@ -316,12 +293,12 @@ class Job:
                 within = Budget(budget, search, self.rewriter, None)
                 choice, refit = self._kept_within(within, choice, refit=refit, reached=reached)
         return Plan(
-            self.model.sha256,
+            self.original.sha256,
             self.settings.target,
             budget,
-            carried(self.settings) | {"refit": refit},
+            terms.said_of(self.settings) | {"refit": refit},
             reasons.chosen(search, choice),
-            (*reasons.kept(search, choice), *self.found.kept),
+            (*reasons.kept(search, choice), *self.rewriter.found.kept),
             pruned=tuple(Pruned(n, tuple(c)) for n, c in self.dropped.items()),
         )
 
@@ -365,9 +342,10 @@ class Job:
     def _operations(self) -> Operations | None:
         """Return what a run may cost, where that is asked for."""
         asked = self.settings.macs
-        if asked is None:
-            return None
-        return budgets.operations(self.thinner.network, self.network, self.workshop, self.held_out, asked)
+        if asked is not None and self._counted is None:
+            networks = self.thinner.network, self.encoder.network
+            self._counted = budgets.operations(*networks, self.workshop, self.held_out, asked)
+        return self._counted
 
     def macs(self, choices: Sequence[Candidate]) -> Macs | None:
         """Return the operations before and after, where they were asked about."""
@@ -377,9 +355,9 @@ class Job:
     def _measuring(self) -> Meter:
         """Return what measures damage, made once for all targets."""
         if self._meter is None:
-            costly = stats.macs(self.found.weights) > preparation.COSTLY
+            costly = stats.macs(self.rewriter.found.weights) > preparation.COSTLY
             few = costly and self.held_out.samples >= 8
-            self._meter = Meter(self.network, self.held_out.split(0.5)[0] if few else self.held_out)
+            self._meter = Meter(self.encoder.network, self.held_out.split(0.5)[0] if few else self.held_out)
         return self._meter
 
     def check(self, made: Plan) -> None:
@@ -411,14 +389,14 @@ class Job:
         checked: list[tuple[Verification, float | None]] = []
 
         def check(at: Path) -> None:
-            budgets.refuse_growth(self.model, sum(p.stat().st_size for p in at.parent.iterdir()))
-            self.progress("verifying", 0, 1, "")
+            budgets.refuse_growth(self.original, sum(p.stat().st_size for p in at.parent.iterdir()))
+            self.encoder.progress("verifying", 0, 1, "")
             with _clock(self.seconds, "verifying"):
                 checked.append(verified(self.original, given, at, self.held_out))
 
         if dry_run:
             nbytes = model_file.output_size(result, target=path)
-            budgets.refuse_growth(self.model, nbytes)
+            budgets.refuse_growth(self.original, nbytes)
             file = File(None if path is None else str(path), "", nbytes)
             out: Any = None
         elif path is not None:
@@ -432,10 +410,10 @@ class Job:
         self.seconds["total"] = time.perf_counter() - self.started
         verification, latency = checked[0] if checked else (None, None)
         report = Report(
-            source=file_of(self.model),
+            source=file_of(self.original),
             target=file,
             plan=made,
-            lines=lines_of(made, encoded, self.whole, self.found),
+            lines=lines_of(made, encoded, self.whole, self.rewriter.found),
             verification=verification,
             latency_ratio=latency,
             seconds=dict(self.seconds),
@@ -454,12 +432,6 @@ class Job:
                 made.choices, refit=bool(made.settings.get("refit"))
             )
             return self.rewriter.rewritten(encoded, shifts), encoded
-
-
-def carried(settings: Settings) -> dict[str, Any]:
-    """Return what a plan has to say of settings, as plain values."""
-    said = {k: v for k, v in to_plain(settings).items() if k in ENCODING_SETTINGS}
-    return said | {REAL: settings.real_inputs}
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def test_what_no_probe_reaches_counts_as_the_others_do(parts):
     model, *_ = parts
     job = Job.start(model_file.serialize(model), Settings(samples=8), lambda *_: None)
     search = Search.of(
-        job.workshop, job._measuring(), overhead(job.workshop.items(), job.rewriter), job.progress
+        job.workshop, job._measuring(), overhead(job.workshop.items(), job.rewriter), job.encoder.progress
     )
     search.scan()
     squares = np.array([1e-3])
