@@ -48,12 +48,13 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
-    from onnxdp.records import Frontier, Plan, Report
+    from onnxdp.findings import Frontier
+    from onnxdp.records import Plan, Report
     from onnxdp.settings import Settings
 
     __version__: str
 else:
-    _HOMES = {"Frontier": "records", "Plan": "records", "Report": "records", "Settings": "settings"}
+    _HOMES = {"Frontier": "findings", "Plan": "records", "Report": "records", "Settings": "settings"}
 
     def __getattr__(name):
         """Load a public name on first use."""

@@ -19,9 +19,10 @@ import numpy as np
 from onnxdp import archives, files
 from onnxdp.encoding import Solutions
 from onnxdp.errors import UsageError
+from onnxdp.plain import to_plain
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped, Fit
-from onnxdp.records import Array, Encoded, Named, named, to_plain
+from onnxdp.records import Array, Encoded, Named, named
 from onnxdp.result import versions
 from onnxdp.settings import TARGETS, Settings
 from onnxdp.thinning import Effect

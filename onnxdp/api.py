@@ -12,15 +12,11 @@ import numpy as np
 
 from onnxdp import arrays, environment, frontier, runtime, terms, timing, verifier, weights
 from onnxdp import model as model_file
+from onnxdp.findings import BenchRow, Diagnosis, Frontier, InspectedWeight, Inspection
 from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
 from onnxdp.preparation import probes_for
 from onnxdp.records import (
-    BenchRow,
-    Diagnosis,
-    Frontier,
-    InspectedWeight,
-    Inspection,
     Plan,
     Report,
     Verification,

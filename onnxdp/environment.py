@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxdp import arrays, runtime
 from onnxdp.errors import SetupError
-from onnxdp.records import Diagnosis
+from onnxdp.findings import Diagnosis
 
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

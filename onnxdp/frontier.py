@@ -18,8 +18,9 @@ from typing import Any
 from onnxdp import model as model_file
 from onnxdp import runtime, terms, verifier
 from onnxdp.errors import TargetError, UsageError, VerifyError
+from onnxdp.findings import Frontier, FrontierPoint
 from onnxdp.job import Job
-from onnxdp.records import File, Frontier, FrontierPoint, Plan
+from onnxdp.records import File, Plan
 from onnxdp.result import file_of, versions
 from onnxdp.settings import TARGETS, Progress, Settings
 from onnxdp.verifier import Reference

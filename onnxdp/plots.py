@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onnxdp.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
-    from onnxdp.records import Frontier
+    from onnxdp.findings import Frontier
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxdp.errors import PlanError
+from onnxdp.plain import read_object, read_record, to_plain
 
 Array: TypeAlias = npt.NDArray[Any]
 Param: TypeAlias = int | float | str
@@ -175,18 +175,13 @@ class Plan:
         PlanError
             Not JSON, another schema, a missing or unknown field, or a value of the wrong type.
         """
-        try:
-            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as e:
-            raise PlanError(f"The plan is not JSON ({e}); write it again with 'onnxdp plan'.") from e
-        if not isinstance(raw, dict):
-            raise PlanError("The plan is not a JSON object; write it again with 'onnxdp plan'.")
+        raw = read_object(text)
         if raw.get("schema") != SCHEMA:
             raise PlanError(
                 f"The plan has schema {raw.get('schema')!r} and this onnxdp reads schema {SCHEMA}; "
                 "write it again with 'onnxdp plan'."
             )
-        plan: Plan = _read(cls, raw, "plan")
+        plan: Plan = read_record(cls, raw, "plan", parts=(Candidate, Kept, Pruned))
         names = [c.weight for c in plan.choices]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -324,244 +319,6 @@ class Report:
         return json.dumps(plain, indent=1)
 
 
-@dataclass(frozen=True, slots=True)
-class FrontierPoint:
-    """What one ratio gives; all None but ``reason`` where it is out of reach.
-
-    Attributes
-    ----------
-    asked : float
-        Bytes before over bytes after, as asked for.
-    budget : int
-        Bytes that the whole file may have.
-    nbytes : int or None
-        Bytes of the whole file, exactly.
-    sha256 : str or None
-        Of that file, as ``compress --ratio`` writes it.
-    macs : Macs or None
-        Operations, where they were asked about.
-    damage : float or None
-        Relative squared error at the outputs, as foreseen for all weights together.
-    error : float or None
-        Relative error of the outputs, measured on held-out probes.
-    reason : str or None
-        Why there is no such file; None where there is.
-    seconds : float
-        Time for this ratio, beyond what all share.
-    """
-
-    asked: float
-    budget: int
-    nbytes: int | None
-    sha256: str | None
-    ratio: float | None
-    damage: float | None
-    error: float | None
-    reason: str | None
-    seconds: float
-    macs: Macs | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Frontier:
-    """Size against damage of one model, from one analysis.
-
-    Attributes
-    ----------
-    points : tuple of FrontierPoint
-        In the order asked.
-    settings : mapping
-        The settings that encoding depends on.
-    seconds : mapping of str to float
-        Per stage, all ratios together, and ``total``.
-    """
-
-    source: File
-    points: tuple[FrontierPoint, ...]
-    settings: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    versions: Mapping[str, str]
-    device: str
-    notices: tuple[str, ...] = ()
-    schema: int = SCHEMA
-
-
-@dataclass(frozen=True, slots=True)
-class InspectedWeight:
-    """One weight of a file, as :func:`onnxdp.inspect` sees it.
-
-    Attributes
-    ----------
-    share : float
-        Its bytes over the bytes of the whole file.
-    compressible : float or None
-        Share of the bytes that hold 99 % of its energy as factors, 1 where factors do not pay; None where it
-        was not looked at.
-    reason : str or None
-        Why it is left alone; None where it can be compressed.
-    """
-
-    name: str
-    op: str
-    nodes: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    share: float
-    compressible: float | None
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a model file consists of; ``other_bytes`` is all that is no weight."""
-
-    file: File
-    rows: tuple[InspectedWeight, ...]
-    other_bytes: int
-    producer: str
-    opset: int
-    ir_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRow:
-    """What one model costs to store, load and run; every ratio is to the first model's figure.
-
-    Attributes
-    ----------
-    nbytes : int
-        Stored bytes, external data included.
-    load_seconds : float
-        Making the session in a fresh process, median.
-    latency : tuple of float
-        Least, median and largest seconds of one run, models taking turns.
-    latency_ratio : float
-        Median of the ratios within each turn, which is steadier than the ratio of the medians.
-    peak_memory_bytes : int or None
-        Of a process that loads the model and runs it once; None where the system does not tell.
-    """
-
-    path: str
-    nbytes: int
-    load_seconds: float
-    latency: tuple[float, float, float]
-    peak_memory_bytes: int | None
-    nbytes_ratio: float
-    load_ratio: float
-    latency_ratio: float
-    peak_memory_ratio: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What is installed, on which machine, and what of one model would be skipped.
-
-    Attributes
-    ----------
-    versions : mapping of str to str or None
-        By distribution; None where it is not installed.
-    providers : tuple of str
-        Execution providers of ONNX Runtime, best first; empty without it.
-    onnxruntime_packages : tuple of str
-        Distributions that provide the module ``onnxruntime``; two of them overwrite each other.
-    cupy_device : str or None
-        Name of the CUDA device that CuPy works on.
-    cupy_reason : str or None
-        Why there is none.
-    memory_bytes : int or None
-        Memory that this process may use.
-    """
-
-    versions: Mapping[str, str | None]
-    providers: tuple[str, ...]
-    onnxruntime_packages: tuple[str, ...]
-    cupy_device: str | None
-    cupy_reason: str | None
-    cores: int
-    memory_bytes: int | None
-    notices: tuple[str, ...] = ()
-    inspection: Inspection | None = None
-
-
 def named(weight: str, method: str, params: Params) -> Named:
     """Name a candidate, whatever the order of its parameters."""
     return weight, method, tuple(sorted(params.items()))
-
-
-def to_plain(value: Any) -> Any:
-    """Turn records, mappings and tuples into what ``json.dumps`` takes."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, each key of which may be there once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice in one object")
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def _read(cls: Any, raw: Any, where: str) -> Any:
-    """Build a record of this module from plain JSON, refusing what does not fit."""
-    if not isinstance(raw, dict):
-        raise PlanError(
-            f"{where} should be a JSON object and is {raw!r}; write the plan again with 'onnxdp plan'."
-        )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(raw) - set(fields))
-    if unknown:
-        raise PlanError(f"{where} has an unknown field {unknown[0]!r}; remove it or correct its spelling.")
-    values: dict[str, Any] = {}
-    for name, f in fields.items():
-        if name not in raw:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise PlanError(f"{where} lacks the field {name!r}; write the plan again with 'onnxdp plan'.")
-            continue
-        values[name] = _field(str(f.type), raw[name], f"{where}.{name}")
-    return cls(**values)
-
-
-def _field(kind: str, value: Any, where: str) -> Any:
-    """Check one JSON value against the annotation ``kind``."""
-    wrong = PlanError(f"{where} is {value!r}, which is not of the kind {kind}; correct it by hand.")
-    if kind.startswith("tuple["):
-        if not isinstance(value, list):
-            raise wrong
-        if kind == "tuple[int, ...]":
-            return tuple(_field("int", v, f"{where}[{i}]") for i, v in enumerate(value))
-        records = {"tuple[Candidate, ...]": Candidate, "tuple[Kept, ...]": Kept, "tuple[Pruned, ...]": Pruned}
-        record = records[kind]
-        return tuple(_read(record, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind.startswith(("Params", "Mapping")):
-        plain: tuple[type, ...] = (
-            (int, float, str) if kind == "Params" else (int, float, str, type(None), list)
-        )
-        if not isinstance(value, dict) or any(
-            isinstance(v, bool) and kind == "Params" for v in value.values()
-        ):
-            raise wrong
-        if not all(isinstance(v, plain) for v in value.values()):
-            raise wrong
-        return value
-    if value is None:
-        if "None" not in kind:
-            raise wrong
-        return None
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
-    if not isinstance(value, kinds[kind.split(" |")[0]]) or isinstance(value, bool):
-        raise wrong
-    return float(value) if kind.startswith("float") else value

@@ -18,12 +18,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from onnxdp.settings import Progress, silent
 
 if TYPE_CHECKING:
+    from onnxdp.findings import BenchRow, Diagnosis, Frontier, Inspection
     from onnxdp.records import (
-        BenchRow,
         Candidate,
-        Diagnosis,
-        Frontier,
-        Inspection,
         Line,
         Macs,
         Params,
@@ -77,7 +74,8 @@ def discard(stream: TextIO) -> None:
 
 def as_json(record: Any) -> str:
     """Give a record (or a tuple of rows) as one JSON object with its schema; not-a-number becomes null."""
-    from onnxdp.records import SCHEMA, to_plain
+    from onnxdp.plain import to_plain
+    from onnxdp.records import SCHEMA
 
     if hasattr(record, "to_json"):
         text = record.to_json()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from onnxdp.errors import PlanError, UsageError
-from onnxdp.records import Plan, to_plain
+from onnxdp.plain import to_plain
+from onnxdp.records import Plan
 from onnxdp.settings import CALIBRATION, REAL_INPUTS, Settings
 
 _CARRIED = (

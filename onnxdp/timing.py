@@ -22,7 +22,8 @@ import onnx
 
 from onnxdp import model, probes, runtime
 from onnxdp.errors import ModelError, SetupError
-from onnxdp.records import Array, BenchRow
+from onnxdp.findings import BenchRow
+from onnxdp.records import Array
 from onnxdp.settings import Progress, silent
 
 _LOADS = 3

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import onnxdp
-from onnxdp import errors, records, settings, show
+from onnxdp import errors, findings, records, settings, show
 from onnxdp.cli import main
 
 COMMANDS = ["compress", "plan", "sweep", "apply", "inspect", "verify", "bench", "doctor"]
@@ -78,26 +78,26 @@ def the_verification(passed=True, relative=0.021):
 
 def the_frontier(**changes):
     points = (
-        records.FrontierPoint(2, 22_300_000, 22_290_000, "1" * 64, 2.0009, 1.2e-6, 0.0011, None, 2.5),
-        records.FrontierPoint(16, 2_787_500, 2_787_000, "2" * 64, 16.003, 0.0042, 0.052, None, 3.5),
-        records.FrontierPoint(99, 450_505, None, None, None, None, None, "Out of reach; ask for less.", 0.1),
+        findings.FrontierPoint(2, 22_300_000, 22_290_000, "1" * 64, 2.0009, 1.2e-6, 0.0011, None, 2.5),
+        findings.FrontierPoint(16, 2_787_500, 2_787_000, "2" * 64, 16.003, 0.0042, 0.052, None, 3.5),
+        findings.FrontierPoint(99, 450_505, None, None, None, None, None, "Out of reach; ask for less.", 0.1),
     )
     source, seconds = records.File("in.onnx", "0" * 64, 44_600_000), {"solving": 9.0, "total": 17.25}
     values = {"source": source, "points": points, "settings": {"seed": 0}, "seconds": seconds}
     values |= {"versions": {"onnxdp": "0.1.0"}, "device": "cpu", "notices": ("IR version raised",)}
-    return records.Frontier(**{**values, **changes})
+    return findings.Frontier(**{**values, **changes})
 
 
 def the_inspection():
     rows = (
-        records.InspectedWeight(
+        findings.InspectedWeight(
             WEIGHT, "Conv", ("c1",), (128, 128, 3, 3), "float32", 589_824, 0.9, 0.45, None
         ),
-        records.InspectedWeight(
+        findings.InspectedWeight(
             "h", "LSTM", ("l",), (4, 2), "float32", 32, 0.0, None, "LSTM is not supported"
         ),
     )
-    return records.Inspection(records.File("in.onnx", "0" * 64, 655_360), rows, 65_504, "pytorch 2.1", 13, 7)
+    return findings.Inspection(records.File("in.onnx", "0" * 64, 655_360), rows, 65_504, "pytorch 2.1", 13, 7)
 
 
 @pytest.fixture
@@ -123,11 +123,11 @@ def api(monkeypatch):
     answering("inspect", the_inspection())
     answering("verify", the_verification())
     rows = (
-        records.BenchRow("a.onnx", 44_600_000, 0.05, (0.01, 0.011, 0.02), 200_000_000, 1.0, 1.0, 1.0, 1.0),
-        records.BenchRow("b.onnx", 15_000_000, 0.06, (0.009, 0.0102, 0.03), None, 0.336, 1.2, 0.93, None),
+        findings.BenchRow("a.onnx", 44_600_000, 0.05, (0.01, 0.011, 0.02), 200_000_000, 1.0, 1.0, 1.0, 1.0),
+        findings.BenchRow("b.onnx", 15_000_000, 0.06, (0.009, 0.0102, 0.03), None, 0.336, 1.2, 0.93, None),
     )
     answering("bench", rows)
-    diagnosis = records.Diagnosis(
+    diagnosis = findings.Diagnosis(
         {"python": "3.11.7", "onnxruntime": None}, (), (), None, "CuPy is not installed", 2, 8 * 10**9
     )
     answering("doctor", diagnosis)
@@ -368,9 +368,9 @@ def test_json_has_no_word_that_json_has_not(run, api):
 
 
 def test_doctor_says_what_would_be_skipped_and_what_clashes(run, api):
-    diagnosis = records.Diagnosis({}, ("CPUExecutionProvider",), ("a", "b"), "CUDA device 0", None, 2, None)
+    diagnosis = findings.Diagnosis({}, ("CPUExecutionProvider",), ("a", "b"), "CUDA device 0", None, 2, None)
     changed = {"notices": ("a and b clash",), "inspection": the_inspection()}
-    api.answering("doctor", records.dataclasses.replace(diagnosis, **changed))
+    api.answering("doctor", replace(diagnosis, **changed))
     done = run("doctor", "in.onnx")
     assert (
         "notice: a and b clash\nskip  h  LSTM 4x2  LSTM is not supported\nREADY  1 notices  1 of 2 weights"

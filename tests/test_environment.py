@@ -7,8 +7,8 @@ from onnxdp import environment
 
 DIAGNOSE = """
 import json
-from onnxdp import environment, records
-print(json.dumps(records.to_plain(environment.diagnose())))
+from onnxdp import environment, plain
+print(json.dumps(plain.to_plain(environment.diagnose())))
 """
 
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxdp.errors import PlanError
-from onnxdp.records import Candidate, File, Kept, Plan, to_plain
+from onnxdp.plain import to_plain
+from onnxdp.records import Candidate, File, Kept, Plan
 
 FAST = ("--ratio", "2", "--samples", "8", "--method", "dp", "--keep-names")
 ROUNDED = ("--ratio", "8", "--samples", "8")
