@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import onnxdp
-from onnxdp import errors, findings, records, settings, show
+from onnxdp import errors, findings, records, settings, tables
 from onnxdp.cli import main
 
 COMMANDS = ["compress", "plan", "sweep", "apply", "inspect", "verify", "bench", "doctor"]
@@ -420,7 +421,7 @@ def test_verbose_logs_to_stderr_and_quiet_does_not(run, api):
     ],
 )
 def test_sizes_are_in_units_of_a_thousand(nbytes, text):
-    assert show._bytes(nbytes) == text
+    assert tables._bytes(nbytes) == text
 
 
 # exit codes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rewriting import FORMS, draw, model, one_conv, rewrite, session, with_tensors
 
 import onnxdp
-from onnxdp import planner, show
+from onnxdp import planner, tables
 from onnxdp.errors import PlanError, TargetError, UsageError
 from onnxdp.methods.quantized import Quantized
 from onnxdp.planner import Item, Operations
@@ -209,7 +209,7 @@ def test_operations_are_told_in_every_way(halved):
     _, report = halved
     told = json.loads(report.to_json())["macs"]
     assert told == {"before": report.macs.before, "after": report.macs.after, "ratio": report.macs.ratio}
-    assert f"macs {report.macs.before} -> {report.macs.after} (2." in show.report_lines(report, None)[-1]
+    assert f"macs {report.macs.before} -> {report.macs.after} (2." in tables.report_lines(report, None)[-1]
 
 
 def test_a_plan_carries_pairs_and_their_reasons(halved, tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxdp import files, show
+from onnxdp import files, show, tables
 from onnxdp.cli.endings import Commands
 from onnxdp.cli.options import FILE, Talk, answering, options_of, overwriting, writing
 from onnxdp.errors import PlanError, UsageError
@@ -54,7 +54,7 @@ def _mention_default(settings: Settings, talk: Talk) -> None:
 def _conclude(result: Report, target: Path | None, report: Path | None, talk: Talk) -> int:
     """Write and print the report of a compression."""
     files.write(report, show.as_json(result))
-    talk.answer(result, show.report_lines(result, None if target is None else str(target)))
+    talk.answer(result, tables.report_lines(result, None if target is None else str(target)))
     return 0 if result.verification is None or result.verification.passed else 1
 
 
@@ -134,7 +134,7 @@ def plan(source: Path, output: Path | None, overwrite: bool, talk: Talk, **setti
 
         made = api.plan(source, progress=progress, **settings)
     files.write(output, made.to_json())
-    talk.answer(made, show.plan_lines(made, None if output is None else str(output)))
+    talk.answer(made, tables.plan_lines(made, None if output is None else str(output)))
 
 
 @main.command()
@@ -168,7 +168,7 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: T
         found = api.sweep(source, wanted, progress=progress, **settings)
         if plot is not None:
             files.write(plot, plots.frontier(found, plot))
-    talk.answer(found, show.frontier_lines(found, None if plot is None else str(plot)))
+    talk.answer(found, tables.frontier_lines(found, None if plot is None else str(plot)))
     return 0 if any(p.nbytes is not None for p in found.points) else 1
 
 
@@ -234,7 +234,7 @@ def inspect(source: Path, talk: Talk, **settings: Any) -> None:
         from onnxdp import api
 
         found = api.inspect(source, **settings)
-    talk.answer(found, show.inspection_lines(found))
+    talk.answer(found, tables.inspection_lines(found))
 
 
 @main.command()
@@ -249,7 +249,7 @@ def verify(a: Path, b: Path, talk: Talk, **options: Any) -> int:
         from onnxdp import api
 
         found = api.verify(a, b, **options)
-    talk.answer(found, show.verification_lines(found))
+    talk.answer(found, tables.verification_lines(found))
     return 0 if found.passed else 1
 
 
@@ -269,7 +269,7 @@ def bench(models: tuple[Path, ...], talk: Talk, **options: Any) -> None:
         from onnxdp import api
 
         rows = api.bench(models, progress=progress, **options)
-    talk.answer(rows, show.bench_lines(rows))
+    talk.answer(rows, tables.bench_lines(rows))
 
 
 @main.command()
@@ -281,4 +281,4 @@ def doctor(source: Path | None, talk: Talk) -> None:
         from onnxdp import api
 
         found = api.doctor(source)
-    talk.answer(found, show.diagnosis_lines(found))
+    talk.answer(found, tables.diagnosis_lines(found))
