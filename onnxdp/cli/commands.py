@@ -16,8 +16,8 @@ import click
 
 from onnxdp import files, show, tables
 from onnxdp.cli.endings import Commands
-from onnxdp.cli.options import FILE, Talk, answering, options_of, overwriting, writing
-from onnxdp.errors import PlanError, UsageError
+from onnxdp.cli.options import FILE, Out, Talk, answering, options_of, overwriting, writing
+from onnxdp.errors import PlanError
 from onnxdp.settings import DEFAULT_MAX_ERROR, TARGETS, Settings, parse_numbers
 
 if TYPE_CHECKING:
@@ -27,15 +27,11 @@ _ARENA_MAX = -8
 """What glibc's ``mallopt`` calls the number of its heaps (M_ARENA_MAX)."""
 
 
-def _ready(source: Path, target: Path | None, *, overwrite: bool, dry_run: bool, report: Path | None) -> None:
-    """Refuse, before any work, what could not be written afterwards."""
-    if target is None and not dry_run:
-        raise UsageError("OUT is missing; name the file to write, or give --dry-run to write none.")
-    files.distinct(source, report)
-    files.distinct(target, report)
-    files.require_free(report, overwrite)
-    if not dry_run:
-        files.require_free(target, overwrite)
+def _ready(source: Path, answer: Path | None, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse, before any work, an answer and an analysis that could not be written afterwards."""
+    files.distinct(source, answer)
+    files.require_free(answer, overwrite)
+    _ready_to_keep(settings, source, answer, overwrite=overwrite)
 
 
 def _ready_to_keep(settings: Mapping[str, Any], *others: Path | None, overwrite: bool) -> None:
@@ -51,10 +47,10 @@ def _mention_default(settings: Settings, talk: Talk) -> None:
         show.note(f"no target given: keeping the output error within {DEFAULT_MAX_ERROR:g} (--max-error)")
 
 
-def _conclude(result: Report, target: Path | None, report: Path | None, talk: Talk) -> int:
+def _conclude(result: Report, out: Out, talk: Talk) -> int:
     """Write and print the report of a compression."""
-    files.write(report, show.as_json(result))
-    talk.answer(result, tables.report_lines(result, None if target is None else str(target)))
+    files.write(out.report, show.as_json(result))
+    talk.answer(result, tables.report_lines(result, None if out.path is None else str(out.path)))
     return 0 if result.verification is None or result.verification.passed else 1
 
 
@@ -88,33 +84,24 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @click.argument("source", metavar="IN", type=FILE)
-@click.argument("target", metavar="[OUT]", type=FILE, required=False)
 @options_of()
 @writing
 @answering
-def compress(
-    source: Path,
-    target: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    report: Path | None,
-    talk: Talk,
-    **settings: Any,
-) -> int:
+def compress(source: Path, out: Out, talk: Talk, **settings: Any) -> int:
     """Write a smaller model OUT that does what IN does.
 
     Give one target: --ratio, --size or --max-error.
     """
     _mention_default(Settings(**settings), talk)
-    _ready(source, target, overwrite=overwrite, dry_run=dry_run, report=report)
-    _ready_to_keep(settings, source, target, report, overwrite=overwrite)
+    out.ready(source)
+    _ready_to_keep(settings, source, out.path, out.report, overwrite=out.overwrite)
     with talk.working() as progress:
         from onnxdp import api
 
-        result = api.compress(
-            source, target, overwrite=overwrite, dry_run=dry_run, progress=progress, **settings
-        ).report
-    return _conclude(result, target, report, talk)
+        done = api.compress(
+            source, out.path, overwrite=out.overwrite, dry_run=out.dry_run, progress=progress, **settings
+        )
+    return _conclude(done.report, out, talk)
 
 
 @main.command()
@@ -126,9 +113,7 @@ def compress(
 def plan(source: Path, output: Path | None, overwrite: bool, talk: Talk, **settings: Any) -> None:
     """Decide what becomes of every weight, and write no model."""
     _mention_default(Settings(**settings), talk)
-    files.distinct(source, output)
-    files.require_free(output, overwrite)
-    _ready_to_keep(settings, source, output, overwrite=overwrite)
+    _ready(source, output, settings, overwrite=overwrite)
     with talk.working() as progress:
         from onnxdp import api
 
@@ -158,9 +143,7 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: T
     """
     wanted = parse_numbers("--ratios", ratios, above=1)
     Settings(**settings)
-    files.distinct(source, plot)
-    files.require_free(plot, overwrite)
-    _ready_to_keep(settings, source, plot, overwrite=overwrite)
+    _ready(source, plot, settings, overwrite=overwrite)
     with talk.working() as progress:
         from onnxdp import api, plots
 
@@ -175,41 +158,31 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: T
 @main.command()
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("plan", metavar="P.json", type=FILE)
-@click.argument("target", metavar="[OUT]", type=FILE, required=False)
 @options_of("inputs", "calibrate", "device")
 @writing
 @answering
-def apply(
-    source: Path,
-    plan: Path,
-    target: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    report: Path | None,
-    talk: Talk,
-    **settings: Any,
-) -> int:
+def apply(source: Path, plan: Path, out: Out, talk: Talk, **settings: Any) -> int:
     """Write OUT by carrying out a plan that was made for IN.
 
     A plan that was made with --inputs or --calibrate needs the same again; how pictures are prepared it
     knows.
     """
-    files.distinct(plan, target)
-    files.distinct(plan, report)
-    _ready(source, target, overwrite=overwrite, dry_run=dry_run, report=report)
+    files.distinct(plan, out.path)
+    files.distinct(plan, out.report)
+    out.ready(source)
     with talk.working() as progress:
         from onnxdp import api
 
-        result = api.apply(
+        done = api.apply(
             source,
             _read_plan(plan),
-            target,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            out.path,
+            overwrite=out.overwrite,
+            dry_run=out.dry_run,
             progress=progress,
             **settings,
-        ).report
-    return _conclude(result, target, report, talk)
+        )
+    return _conclude(done.report, out, talk)
 
 
 def _read_plan(path: Path) -> Plan:

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import click
 
-from onnxdp import show
+from onnxdp import files, show
+from onnxdp.errors import UsageError
 from onnxdp.settings import (
     CHANNEL_ORDERS,
     DEVICES,
@@ -82,20 +83,46 @@ def answering(command: Command) -> Command:
     return talking
 
 
+@dataclass(frozen=True)
+class Out:
+    """Where one command writes a model, and how."""
+
+    path: Path | None
+    overwrite: bool
+    dry_run: bool
+    report: Path | None
+
+    def ready(self, source: Path) -> None:
+        """Refuse, before any work, what could not be written afterwards."""
+        if self.path is None and not self.dry_run:
+            raise UsageError("OUT is missing; name the file to write, or give --dry-run to write none.")
+        files.distinct(source, self.report)
+        files.distinct(self.path, self.report)
+        files.require_free(self.report, self.overwrite)
+        if not self.dry_run:
+            files.require_free(self.path, self.overwrite)
+
+
+overwriting = click.option("--overwrite", is_flag=True, help="Replace files that exist; OUT may then be IN.")
+
+
 def writing(command: Command) -> Command:
-    """Add the options of commands that write a model."""
-    for option in (
-        click.option("--report", type=FILE, metavar="FILE.json", help="Write the whole report as JSON, too."),
-        click.option("--dry-run", is_flag=True, help="Do everything but write; the byte count is exact."),
-        overwriting,
-    ):
-        command = option(command)
-    return command
+    """Add OUT and the options of commands that write a model; the command gets them as one ``out``."""
+
+    @click.argument("path", metavar="[OUT]", type=FILE, required=False)
+    @overwriting
+    @click.option("--dry-run", is_flag=True, help="Do everything but write; the byte count is exact.")
+    @click.option("--report", type=FILE, metavar="FILE.json", help="Write the whole report as JSON, too.")
+    @functools.wraps(command)
+    def with_out(
+        *args: Any, path: Path | None, overwrite: bool, dry_run: bool, report: Path | None, **values: Any
+    ) -> Any:
+        return command(*args, out=Out(path, overwrite, dry_run, report), **values)
+
+    return with_out
 
 
 _OPPOSITES = {"--short-names": "--keep-names"}
-
-overwriting = click.option("--overwrite", is_flag=True, help="Replace files that exist; OUT may then be IN.")
 
 
 def options_of(*names: str) -> Callable[[Command], Command]:
