@@ -46,6 +46,20 @@ def model(
     return proto
 
 
+def branching(kind: str, p: str, q: str) -> str:
+    """The text of ``y``, of this type: where ``cond`` holds, the ``p`` of one body, else another's ``q``."""
+    return (
+        f"y = If(cond) <then_branch = a () => ({kind} p) {{ {p} }},"
+        f" else_branch = b () => ({kind} q) {{ {q} }}>"
+    )
+
+
+def constant(name: str, values: Array) -> str:
+    """The text of a Constant of float32, rounded to four digits."""
+    dims, told = ",".join(map(str, values.shape)), ", ".join(f"{v:.4f}" for v in values.reshape(-1))
+    return f"{name} = Constant <value = float[{dims}] {{{told}}}> ()"
+
+
 def draw(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> Array:
     return rng.standard_normal(shape).astype(np.float32).astype(dtype)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from rewriting import FORMS, draw, find, model, nodes_of, rewrite, session
+from rewriting import FORMS, branching, constant, draw, find, model, nodes_of, rewrite, session
 from test_forms import SPARED, weight_of
 from test_packing import (
     X,
@@ -412,12 +412,8 @@ def test_a_large_weight_decodes_and_folds(bits, tmp_path):
 
 def test_a_weight_inside_the_body_of_an_if():
     rng = np.random.default_rng(3)
-    text = (
-        "y = If(cond) <then_branch = a () => (float[N,60] p)"
-        " { w = Constant <value = float[64,60] {%s}> () p = MatMul(x, w) },"
-        " else_branch = b () => (float[N,60] q) { q = MatMul(x, V) }>"
-    )
-    text %= ", ".join(f"{v:.4f}" for v in draw(rng, 3840))
+    inside = constant("w", draw(rng, 64, 60))
+    text = branching("float[N,60]", f"{inside} p = MatMul(x, w)", "q = MatMul(x, V)")
     proto = model(text, "float[N,64] x, bool cond", "float[N,60] y", {"V": draw(rng, 64, 60)})
     made = rewrite(proto, {"w": ("quant", {"bits": 3.0}), "V": ("quant", {"bits": 1.25})})
     assert not untold(made.proto)

@@ -9,7 +9,7 @@ import rewriting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from rewriting import draw, model, run
+from rewriting import branching, draw, model, run
 
 import onnxdp
 from onnxdp import model as model_file
@@ -150,11 +150,8 @@ def test_an_output_keeps_its_name_and_what_is_said_of_it():
 
 def test_inside_the_body_of_an_if():
     rng = np.random.default_rng(3)
-    text = (
-        "y = If(cond) <then_branch = a () => (float[N,6,4,4] p)"
-        f" {{ c = Conv(x, W) n = {NORM}(c, scale, shift, mean, var) p = Relu(n) }},"
-        " else_branch = b () => (float[N,6,4,4] q) { q = Conv(x, V) }>"
-    )
+    inside = f"c = Conv(x, W) n = {NORM}(c, scale, shift, mean, var) p = Relu(n)"
+    text = branching("float[N,6,4,4]", inside, "q = Conv(x, V)")
     tensors = {"W": draw(rng, 6, 4, 3, 3), "V": draw(rng, 6, 4, 3, 3), **four(rng, 6)}
     proto = model(text, "float[N,4,6,6] x, bool cond", "float[N,6,4,4] y", tensors)
     made, count = folded(proto)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from rewriting import FORMS, find, model, nodes_of, rewrite, session, tensors_of, with_tensors
+from rewriting import FORMS, branching, find, model, nodes_of, rewrite, session, tensors_of, with_tensors
 
 from onnxdp import model as model_file
 from onnxdp import walk, weights
@@ -242,12 +242,9 @@ def test_the_smaller_of_a_stored_and_a_generated_table_is_drawn():
 
 @pytest.mark.parametrize("opset", [7, 17])
 def test_a_weight_in_a_branch_reads_the_table_outside(opset):
-    text = (
-        "y = If(c) <then_branch = a () => (float[6,5] u) { u = Identity(w) },"
-        " else_branch = b () => (float[6,5] v) { v = Neg(w) }>"
-    )
+    text = branching("float[6,5]", "p = Identity(w)", "q = Neg(w)")
     held = model_file.read(
-        model(text, "bool c", "float[6,5] y", {"w": np.zeros((6, 5), np.float32)}, opset=opset)
+        model(text, "bool cond", "float[6,5] y", {"w": np.zeros((6, 5), np.float32)}, opset=opset)
     )
     (branch, other) = (a.as_graph() for a in held.ir.graph[0].attributes.values())
     paper = Paper(held.ir)
@@ -261,7 +258,7 @@ def test_a_weight_in_a_branch_reads_the_table_outside(opset):
     proto = model_file.serialize(held)
     onnx.checker.check_model(proto, full_check=True)
     for take, sign in ((True, 1), (False, -1)):
-        feed = {"c": np.array(take)}
+        feed = {"cond": np.array(take)}
         want = sign * wanted(15, digits).reshape(6, 5)
         assert np.array_equal(session(proto).run(None, feed)[0], want)
         assert np.array_equal(ReferenceEvaluator(proto).run(None, feed)[0], want)
@@ -434,11 +431,10 @@ def test_halves_are_within_a_thousandth_of_every_number(numbers):
 
 @pytest.mark.parametrize("opset", [7, 17])
 def test_a_vector_in_a_branch_reads_the_pool_outside(opset):
-    text = (
-        "y = If(c) <then_branch = a () => (float[9] u) { u = Identity(p) },"
-        " else_branch = b () => (float[9] v) { v = Neg(p) }>"
+    text = branching("float[9]", "p = Identity(w)", "q = Neg(w)")
+    held = model_file.read(
+        model(text, "bool cond", "float[9] y", {"w": np.zeros(9, np.float32)}, opset=opset)
     )
-    held = model_file.read(model(text, "bool c", "float[9] y", {"p": np.zeros(9, np.float32)}, opset=opset))
     paper = Paper(held.ir)
     given = [np.linspace(i, i + 1, 9, dtype=np.float32) + 1 for i in range(2)]
     for attribute, vector in zip(held.ir.graph[0].attributes.values(), given, strict=True):
@@ -450,7 +446,7 @@ def test_a_vector_in_a_branch_reads_the_pool_outside(opset):
     onnx.checker.check_model(proto, full_check=True)
     assert [n.op_type for n in proto.graph.node] == ["Cast", "Split", "If"]
     for take, want in ((True, half_of(given[0])), (False, -half_of(given[1]))):
-        assert np.array_equal(session(proto).run(None, {"c": np.array(take)})[0], want)
+        assert np.array_equal(session(proto).run(None, {"cond": np.array(take)})[0], want)
 
 
 def test_a_vector_that_nothing_reads_is_not_stored():
@@ -603,11 +599,8 @@ def test_a_long_stream_is_taken_apart_by_a_table(monkeypatch):
 
 
 def test_weights_in_branches_read_the_stream_outside():
-    text = (
-        "y = If(c) <then_branch = a () => (float[6,5] u) { u = Identity(w) },"
-        " else_branch = b () => (float[6,5] v) { v = Neg(w) }>"
-    )
-    held = model_file.read(model(text, "bool c", "float[6,5] y", {"w": np.zeros((6, 5), np.float32)}))
+    text = branching("float[6,5]", "p = Identity(w)", "q = Neg(w)")
+    held = model_file.read(model(text, "bool cond", "float[6,5] y", {"w": np.zeros((6, 5), np.float32)}))
     paper, parts = Paper(held.ir), [part_of(3, (6, 5), seed=i) for i in range(2)]
     for attribute, part in zip(held.ir.graph[0].attributes.values(), parts, strict=True):
         graph = attribute.as_graph()
@@ -617,7 +610,7 @@ def test_weights_in_branches_read_the_stream_outside():
     onnx.checker.check_model(proto, full_check=True)
     assert len([t for t in tensors_of(proto) if t.name.endswith("words")]) == 1
     for take, want in ((True, value_of(parts[0])), (False, -value_of(parts[1]))):
-        assert np.array_equal(session(proto).run(None, {"c": np.array(take)})[0], want)
+        assert np.array_equal(session(proto).run(None, {"cond": np.array(take)})[0], want)
 
 
 # ---- vectors beside rounded weights

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import rewriting
 from hypothesis import given, settings
-from rewriting import draw, model, one_conv, pair, rewrite, run
+from rewriting import branching, draw, model, one_conv, pair, rewrite, run
 from test_rewrite import convolutions
 
 import onnxdp
@@ -426,13 +426,11 @@ def test_paddings_that_exporters_leave_in_the_graph_are_worked_out(opset):
         turned = Transpose <perm = [1, 0]> (table) minus = Constant <value = int64[1] {-1}> ()
         flat = Reshape(turned, minus) pads = Cast <to = 7> (flat)
         shape = Shape(x) same = Reshape(x, shape) z = Add(pads, flat)
-        y = If(c) <
-            then_branch = a () => (float[2,3] t) { i = Constant <value = float {1.0}> () t = Add(same, i) },
-            else_branch = b () => (float[2,3] e) { j = Constant <value = float {1.0}> () e = Sub(same, j) }
-        >
     """
+    one = "one = Constant <value = float {1.0}> ()"
+    body += branching("float[2,3]", f"{one} p = Add(same, one)", f"{one} q = Sub(same, one)")
     proto = model(
-        body, "float[2,3] x, bool c", "float[2,3] y, int64[8] z", {"four": np.array([4])},
+        body, "float[2,3] x, bool cond", "float[2,3] y, int64[8] z", {"four": np.array([4])},
         opset=opset, ir=10 if opset > 20 else 8,
     )  # fmt: skip
     after = gathered(proto)
@@ -441,7 +439,7 @@ def test_paddings_that_exporters_leave_in_the_graph_are_worked_out(opset):
     held = [onnx.numpy_helper.to_array(t).tolist() for t in after.graph.initializer]
     assert sorted(held, key=str) == sorted([[4], [0, 0, 0, 0, 1, 2, 0, 0], 1.0], key=str)
     for take in (True, False):
-        feed = {"x": draw(RNG, 2, 3), "c": np.array(take)}
+        feed = {"x": draw(RNG, 2, 3), "cond": np.array(take)}
         for a, b in zip(run(proto, feed), run(after, feed), strict=True):
             assert np.array_equal(a, b)
 

@@ -16,7 +16,7 @@ import pytest
 from edges import conv, listing, mlp, onnxdp, refused, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import FORMS, draw, find, model, one_conv, rewrite, run
+from rewriting import FORMS, branching, constant, draw, find, model, one_conv, rewrite, run
 from test_forms import SPARED, weight_of, weights_
 
 import onnxdp as package
@@ -146,12 +146,8 @@ def test_weights_of_other_types(dtype, kind, eps, levels):
 @pytest.mark.parametrize("levels", FEW)
 def test_a_weight_inside_the_body_of_an_if(levels):
     rng = np.random.default_rng(levels)
-    text = (
-        "y = If(cond) <then_branch = a () => (float[N,6] p)"
-        " { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
-        " else_branch = b () => (float[N,6] q) { q = MatMul(x, V) }>"
-    )
-    text %= ", ".join(f"{v:.4f}" for v in draw(rng, 48))
+    inside = constant("w", draw(rng, 8, 6))
+    text = branching("float[N,6]", f"{inside} p = MatMul(x, w)", "q = MatMul(x, V)")
     proto = model(text, "float[N,8] x, bool cond", "float[N,6] y", {"V": draw(rng, 8, 6)})
     made = rewrite(proto, {n: ("quant", {"levels": levels}) for n in ("w", "V")})
     for cond in (True, False):

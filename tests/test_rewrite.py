@@ -8,7 +8,7 @@ import pytest
 import rewriting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import draw, model, one_conv, pair, rewrite, run
+from rewriting import branching, constant, draw, model, one_conv, pair, rewrite, run
 
 from onnxdp.build import TERSE
 
@@ -295,24 +295,9 @@ def test_other_floating_types(dtype, run_as, stored):
 
 
 BODIES = {
-    "constants": (
-        "y = If(cond)"
-        " <then_branch = a () => (float[N,6] p)"
-        " { w = Constant <value = float[8,6] {%s}> () p = MatMul(x, w) },"
-        " else_branch = b () => (float[N,6] q)"
-        " { w = Constant <value = float[8,6] {%s}> () q = MatMul(x, w) }>",
-        ["w", "w#2"],
-    ),
-    "captured": (
-        "y = If(cond) <then_branch = a () => (float[N,6] p) { p = MatMul(x, W) },"
-        " else_branch = b () => (float[N,6] q) { r = MatMul(x, W) q = Add(r, r) }>",
-        ["W"],
-    ),
-    "one_reader": (
-        "y = If(cond) <then_branch = a () => (float[N,6] p) { p = MatMul(x, W) },"
-        " else_branch = b () => (float[N,6] q) { q = MatMul(x, V) }>",
-        ["W", "V"],
-    ),
+    "constants": ("{0} p = MatMul(x, w)", "{1} q = MatMul(x, w)", ["w", "w#2"]),
+    "captured": ("p = MatMul(x, W)", "r = MatMul(x, W) q = Add(r, r)", ["W"]),
+    "one_reader": ("p = MatMul(x, W)", "q = MatMul(x, V)", ["W", "V"]),
 }
 
 
@@ -321,9 +306,9 @@ BODIES = {
 @pytest.mark.parametrize("together", [True, False])
 def test_weights_inside_if_bodies(body, run_as, together):
     rng = np.random.default_rng(5)
-    text, names = BODIES[body]
-    if "%s" in text:
-        text %= tuple(", ".join(f"{v:.4f}" for v in draw(rng, 48)) for _ in range(2))
+    *bodies, names = BODIES[body]
+    held = [constant("w", draw(rng, 8, 6)) for _ in range(2)]
+    text = branching("float[N,6]", *(b.format(*held) for b in bodies))
     tensors = {n: draw(rng, 8, 6) for n in names if n in "WV"}
     proto = model(text, "float[N,8] x, bool cond", "float[N,6] y", tensors)
     _, found = rewriting.find(proto)
