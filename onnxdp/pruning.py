@@ -219,7 +219,7 @@ class Pruner:
         left: dict[str, dict[int, int]] = {}
         for chain in self.chains:
             for cut in chain.cuts:
-                name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]
+                name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]  # a cut has its tensor
                 if name in self._weights:
                     axes = left.setdefault(name, {})
                     axes[cut.axis] = axes.get(cut.axis, 0) + cut.span.repeat * len(
@@ -299,7 +299,7 @@ class Pruner:
         """Return how many channels may go: weights stay large enough to be weights."""
         most = chain.channels - max(1, -(-chain.channels // LEAST))
         for cut in chain.cuts:
-            name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]
+            name = cut.node.inputs[cut.index].name or ""  # type: ignore[union-attr]  # a cut has its tensor
             if name in self._weights:
                 weight = self._weights[name]
                 kept = (2 * MIN_BYTES / weight.nbytes) ** 0.5

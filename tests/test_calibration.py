@@ -276,11 +276,12 @@ def test_answers_to_real_pictures_choose_range_and_order(
     bare, _ = calibration.load([spec], Settings(calibrate=tmp_path / "x.npy", channel_order=order), most=64)
     if wanted is STANDARDISED:
         assert np.array_equal(whole(found, "new"), whole(bare, "new"))
-    plain = whole(found, "new").mean((0, 2, 3))
+    plain = whole(found, "new").mean((0, 2, 3), dtype=np.float64)
     means = pictures.mean((0, 1, 2))[:: -1 if reverse else 1]
     if wanted.shift is not None:
         expected = (means - wanted.shift[0]) / wanted.scale[0]
-        assert np.abs(plain - expected).max() < 1e-4 * np.abs(means / wanted.scale[0]).max()
+        # every number is scaled and shifted in float32
+        assert np.abs(plain - expected).max() < 4 * 2.0**-23 * np.abs(means / wanted.scale[0]).max()
 
 
 # --- mixing -------------------------------------------------------------------------------------------------
@@ -297,7 +298,9 @@ def test_made_up_pictures_fill_up_in_the_range_of_the_real_ones(tmp_path: Path) 
         x = whole(found, "new")
         assert x.min() >= 0 and x.max() <= 1
         for part in found.split(0.75) if expected else ():
-            assert part.parts[0] == pytest.approx(part.samples * 48 / 128, abs=1.5)
+            assert (
+                abs(part.parts[0] - part.samples * 48 / 128) <= 1.5
+            )  # whole pictures, and the share is rounded
             real = {p.tobytes() for p in whole(found, "new")[:48]}
             assert sum(p.tobytes() in real for p in whole(part, "new")) == part.parts[0]
 

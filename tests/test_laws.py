@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import builders
 import numpy as np
 import onnx
 import pytest
@@ -18,9 +18,6 @@ from onnxdp.build import TERSE
 from onnxdp.passes import ReplaceWeights
 
 MODELS = Path(__file__).parents[1] / "models"
-sys.path.insert(0, str(MODELS))
-
-import builders  # noqa: E402  (models/ is a folder of scripts, not a package)
 
 OPSETS = [7, 9, 11, 13, 17, 21]
 RATIOS = {"dp": 3, "auto": 6}

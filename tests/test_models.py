@@ -8,19 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import builders
+import digits_eval
+import generated
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing: install onnxdp[cpu]")
-
 MODELS = Path(__file__).parents[1] / "models"
-sys.path.insert(0, str(MODELS))
-
-import builders  # noqa: E402  (models/ is a folder of scripts, not a package)
-import digits_eval  # noqa: E402
-import generated  # noqa: E402
 
 # torchvision's own counts, batch normalisation included, auxiliary heads not
 PARAMETERS = {

@@ -112,6 +112,7 @@ def test_a_curve_never_falls_and_keeps_its_floor(points, at):
 
 
 def test_a_curve_passes_through_its_measurements():
+    """To what float64 keeps of a number through its logarithm, and to spare."""
     curve = Curve()
     for square, damage in ((0.5, 3.0), (0.01, 0.1)):
         curve.add(square, damage)

@@ -6,6 +6,8 @@ import pytest
 from onnxdp.methods.sharing import project
 from onnxdp.methods.solvers import Moment, error, exact, refit_codes
 
+EPS = np.finfo(float).eps
+
 
 @pytest.fixture
 def case():
@@ -21,9 +23,12 @@ def test_errors_and_codes_are_those_of_the_best_codes_for_every_rank(case, weigh
     moment = moment if weighted else None
     atoms, _ = exact(w, None).pair(w, 15)  # any dictionary will do
     seen = project(w, atoms, moment)
+    seen_by = moment.dense() if moment else np.eye(20)
+    # sums of up to 60 products, and the normal equations of the codes
+    rounding = 60 * EPS * np.linalg.cond(atoms.swapaxes(-1, -2) @ seen_by @ atoms).max()
     for rank in range(1, 16):
         codes = refit_codes(w, atoms[..., :rank], moment)
-        assert np.allclose(seen.codes(rank), codes, rtol=1e-8, atol=1e-10)
+        assert np.allclose(seen.codes(rank), codes, rtol=rounding, atol=rounding)
         left = w - atoms[..., :rank] @ codes
         energy = (
             (lambda a: moment.energy(lambda r: a[..., r, :], a))
@@ -31,7 +36,7 @@ def test_errors_and_codes_are_those_of_the_best_codes_for_every_rank(case, weigh
             else (lambda a: (a**2).sum((-2, -1)))
         )
         want = (energy(left).sum() / energy(w).sum()) ** 0.5
-        assert seen.error(rank) == pytest.approx(want, rel=1e-7)
+        assert seen.error(rank) == pytest.approx(want, rel=rounding)
 
 
 def test_a_weights_own_optimal_dictionary_loses_what_the_spectrum_says(case):
@@ -39,7 +44,8 @@ def test_a_weights_own_optimal_dictionary_loses_what_the_spectrum_says(case):
     factored = exact(w, moment)
     atoms, codes = factored.pair(w, 20)
     seen = project(w, atoms, moment)
+    floor = 4 * (20 + 30 * 30) * EPS  # energies, over the whole: see tail_bound in test_solvers
     for rank in (1, 7, 19):
-        want = (factored.tail(rank).sum() / factored.total.sum()) ** 0.5
-        assert seen.error(rank) == pytest.approx(want, rel=1e-6)
-    assert float(error(w[0], atoms[0] @ codes[0])) < 1e-6
+        want = factored.tail(rank).sum() / factored.total.sum()
+        assert abs(seen.error(rank) ** 2 - want) <= floor
+    assert float(error(w[0], atoms[0] @ codes[0])) < floor**0.5
