@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -190,8 +191,14 @@ def one_blas_thread() -> Iterator[None]:
 
     The limit is the whole process's; layers are solved side by side in a thread pool inside it instead.
     """
-    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+    with _controller().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _controller() -> threadpoolctl.ThreadpoolController:
+    """Look for the libraries once: that takes milliseconds, and NumPy's are there from the start."""
+    return threadpoolctl.ThreadpoolController()
 
 
 def _cupy() -> Any:

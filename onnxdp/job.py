@@ -268,7 +268,8 @@ class Job:
                 budgets.require_reach(operations, search, self.settings)
             reached = budgets.least_bytes(search, self.rewriter)
             if budget is not None:
-                quickly = self.encoder.quickly if self.encoder.sequential else None
+                weighs = self.encoder.sequential and operations is not None
+                quickly = self.encoder.quickly if weighs else None
                 choice = Budget(budget, search, self.rewriter, quickly).choose(reached)
             elif limit is not None and self.encoder.sequential:
                 choice, self._encoded = within_error_encoded(

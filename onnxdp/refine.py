@@ -35,6 +35,9 @@ ALPHA = 1.0
 RIDGE = (0.03, 0.3)
 """delta over the mean diagonal of H': a + b * inputs / samples."""
 
+_QUICK = 2048
+"""Rows that a weight is fitted on where the result is only to be measured."""
+
 _MANY = 64
 """Columns from which halves of a product are worked out side by side."""
 
@@ -110,7 +113,7 @@ def refine(
         progress("refitting weights", done, len(order), choice.weight)
         weight, tap = workshop.weights[choice.weight], taps[choice.weight]
         assert tap is not None
-        rows = stats.rows_wanted(weight) // (2 if quick else 1)
+        rows = min(stats.rows_wanted(weight), _QUICK) if quick else stats.rows_wanted(weight)
         spot = Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(workshop.found, weight))
         tensor = weights.tensor_of(workshop.found, weight.name)
         w = weights.blocks(weight, tensor).astype(np.float32)

@@ -23,6 +23,10 @@ FINE = (255, 1625)
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
+_STEEP = (-2.0, -0.5)
+"""Of that over what bits are as good as: where most numbers are zero, few bits more tell the others."""
+_SPARSE = 1.75
+"""Bits that a target leaves each number below which some weights get so few that lines do not reach them."""
 _WORTH = 8192
 """Bytes of rounded weights from which codes are worth their operators, some 600 bytes each."""
 _TAKEN_APART = 10
@@ -79,7 +83,7 @@ class Roundings:
             if tried:
                 xs = np.array([_log_levels(way) for way in tried])
                 errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
-                slopes = _SLOPES if len(tried) > 1 else (-1.0, -1.0)
+                slopes = (_SLOPES if kind == "levels" else _STEEP) if len(tried) > 1 else (-1.0, -1.0)
                 for way in ((kind, n) for n in offered if kind == "bits" or n in self._levels):
                     error = np.exp(along(_log_levels(way), xs, errors, slopes))
                     found.append(self._candidate(way, float(error)))
@@ -112,7 +116,9 @@ class Roundings:
     def _scan(self, bits: float) -> tuple[Way, ...]:
         """Return what to try for the bits that a target leaves each number."""
         if self._is_coded(bits):
-            rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else (1.25, 2.5)
+            rates: tuple[float, ...] = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
+            if bits >= 3.2:
+                rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5)
             fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
             return (*(("bits", b) for b in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
