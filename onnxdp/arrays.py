@@ -10,8 +10,8 @@ import ctypes
 import importlib
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -169,6 +169,19 @@ def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
         ahead = pool.submit(first)
         other = second()
         return ahead.result(), other
+
+
+def ahead(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+    """Do parts of some work one after the other in a thread of their own, one ahead of who takes the results."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[R] | None = None
+        for part in parts:
+            following = pool.submit(work, part)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def trim() -> None:

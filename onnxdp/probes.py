@@ -17,6 +17,7 @@ import numpy as np
 
 from onnxdp import archives, pictures, signals, texts
 from onnxdp.answers import Answers, diversity, pick
+from onnxdp.arrays import ahead
 from onnxdp.errors import UsageError
 from onnxdp.inputs import (
     LENGTH,
@@ -256,7 +257,7 @@ def make(
         asked = answers
 
         def ask(chosen: Range) -> Array:
-            feeds = (feed(np.arange(k, k + size), chosen) for k in range(0, many, size))
+            feeds = ahead(lambda k: feed(np.arange(k, k + size), chosen), range(0, many, size))
             return np.concatenate([np.asarray(asked(f)).reshape(size, -1) for f in feeds])
 
         scores = ask(chosen)
