@@ -209,6 +209,9 @@ def _probes(told: Mapping[str, Any], get: Any) -> Probes:
     feeds: Sequence[Mapping[str, Array]] = [
         MappingProxyType({n: get(k) for n, k in feed.items()}) for feed in told["feeds"]
     ]
+    inputs = {tuple(sorted((n, x.shape) for n, x in feed.items())) for feed in feeds}
+    if len(inputs) != 1 or {n for n, _ in inputs.pop()} != set(told["axes"]):
+        raise ValueError("its probe inputs are not of one kind")
     return Probes(
         tuple(feeds),
         int(told["samples"]),

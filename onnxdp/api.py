@@ -75,7 +75,7 @@ def compress(
     """
     chosen = Settings(**settings)
     with arrays.one_blas_thread():
-        job = Job.start(source, chosen, progress)
+        job = Job.start(source, chosen, progress, target=target)
         made = job.plan()
         return Result(*job.finish(made, source, target, overwrite=overwrite, dry_run=dry_run))
 
@@ -108,7 +108,7 @@ def apply(
     """
     settings = terms.settings_of(plan, inputs=inputs, calibrate=calibrate, device=device)
     with arrays.one_blas_thread():
-        job = Job.start(source, settings, progress, plan=plan)
+        job = Job.start(source, settings, progress, plan=plan, target=target)
         job.check(plan)
         return Result(*job.finish(plan, source, target, overwrite=overwrite, dry_run=dry_run))
 

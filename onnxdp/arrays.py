@@ -172,7 +172,7 @@ def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
 
 
 def ahead(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
-    """Do parts of some work one after the other in a thread of their own, one ahead of who takes the results."""
+    """Do parts of some work in a thread of its own, one ahead of who takes the results; in order."""
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[R] | None = None
         for part in parts:

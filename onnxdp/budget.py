@@ -18,12 +18,12 @@ from onnxdp import planner, stats
 from onnxdp.damage import Search
 from onnxdp.encoder import near
 from onnxdp.encoding import Workshop
-from onnxdp.errors import TargetError
+from onnxdp.errors import PlanError, TargetError
 from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.planner import Choice, Item, Operations
 from onnxdp.probes import Probes
-from onnxdp.records import Candidate, Made
+from onnxdp.records import Candidate, Made, Plan
 from onnxdp.result import Rewriter
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
@@ -274,6 +274,15 @@ def refuse_growth(model: Model, nbytes: int) -> None:
         raise TargetError(
             f"Nothing to gain: the result would have {nbytes:,} bytes "
             f"and the model has {model.nbytes:,}; change the plan."
+        )
+
+
+def refuse_excess(plan: Plan, nbytes: int) -> None:
+    """Refuse a plan (edited by hand) whose choices take more than the budget that it names."""
+    if plan.budget is not None and nbytes > plan.budget:
+        raise PlanError(
+            f"The plan's choices give {nbytes:,} bytes and its budget is {plan.budget:,}; raise the budget "
+            "in the plan (null: none), or let a weight take less."
         )
 
 

@@ -361,12 +361,12 @@ class Search:
             item.together = tuple(o for o in item.together if all(c.error <= most for c in o))
 
     def hold(self, candidates: Iterable[Candidate]) -> None:
-        """Leave no candidate that is smaller than these, of their weights alone."""
+        """Leave no candidate that is as small as these, of their weights alone."""
         held = {c.weight: c.nbytes for c in candidates}
         self.items = [
             replace(
                 i,
-                alone={n: tuple(c for c in own if c.nbytes >= held.get(n, 0)) for n, own in i.alone.items()},
+                alone={n: tuple(c for c in own if c.nbytes > held.get(n, -1)) for n, own in i.alone.items()},
             )
             for i in self.items
         ]

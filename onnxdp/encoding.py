@@ -19,7 +19,7 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.build import unlike_others
 from onnxdp.errors import PlanError, UsageError
-from onnxdp.methods.form import Aimed, Form, Keeping, Lighter, Restorable, Solved, Task
+from onnxdp.methods.form import Aimed, Foreseeing, Form, Keeping, Lighter, Restorable, Solved, Task
 from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import Item
@@ -239,11 +239,12 @@ class Workshop:
 
     def outline(self, candidates: Iterable[Candidate]) -> list[Encoded]:
         """Return arrays of the right types and shapes for the candidates: enough to count bytes."""
-        return [
-            self.forms[c.method].outline(self.weights[c.weight], c.params)
-            for c in candidates
-            if c.method != planner.KEEP
-        ]
+        return [self._outlined(c) for c in candidates if c.method != planner.KEEP]
+
+    def _outlined(self, candidate: Candidate) -> Encoded:
+        made = self.forms[candidate.method].outline(self.weights[candidate.weight], candidate.params)
+        solved = self._solved.get((candidate.method, (candidate.weight,)))
+        return solved.foreseen(made) if isinstance(solved, Foreseeing) else made
 
     def encode(self, candidates: Iterable[Candidate]) -> list[Encoded]:
         """Return the arrays of the candidates that change something; those that share are encoded together.

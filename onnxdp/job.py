@@ -100,10 +100,11 @@ class Job:
         *,
         also: Sequence[Settings] = (),
         plan: Plan | None = None,
+        target: str | os.PathLike[str] | None = None,
     ) -> Job:
         """Read, prepare, find, probe and solve; once for the targets of further settings, too.
 
-        What channels go a plan says, where there is one.
+        What channels go a plan says, where there is one; the name of the ``target`` counts among its bytes.
         """
         started = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -114,6 +115,7 @@ class Job:
         progress("reading", 0, 1, "")
         with _clock(seconds, "reading"):
             model = model_file.read(source)
+            model.target = None if target is None else Path(target)
             if plan is not None and plan.model_sha256 != model.sha256:
                 raise PlanError(
                     "The plan was made for another model (its sha256 differs); make one with 'onnxdp plan'."
@@ -390,7 +392,9 @@ class Job:
         checked: list[tuple[Verification, float | None]] = []
 
         def check(at: Path) -> None:
-            budgets.refuse_growth(self.original, sum(p.stat().st_size for p in at.parent.iterdir()))
+            nbytes = sum(p.stat().st_size for p in at.parent.iterdir())
+            budgets.refuse_growth(self.original, nbytes)
+            budgets.refuse_excess(made, nbytes)
             self.encoder.progress("verifying", 0, 1, "")
             with _clock(self.seconds, "verifying"):
                 checked.append(verified(self.original, given, at, self.held_out))
@@ -398,6 +402,7 @@ class Job:
         if dry_run:
             nbytes = model_file.output_size(result, target=path)
             budgets.refuse_growth(self.original, nbytes)
+            budgets.refuse_excess(made, nbytes)
             file = File(None if path is None else str(path), "", nbytes)
             out: Any = None
         elif path is not None:

@@ -66,6 +66,8 @@ class Model:
         Scopes and names of the values that had a value_info; all others are taken off again on the way out.
     external : bool
         Whether the source kept tensors in data files.
+    target : Path or None
+        Where it is to be written, where that is known.
     """
 
     ir: ir.Model
@@ -74,6 +76,7 @@ class Model:
     sha256: str
     original_value_info: frozenset[tuple[str, str]]
     external: bool = False
+    target: Path | None = None
 
 
 def read(source: Source) -> Model:
@@ -153,9 +156,9 @@ def output_size(model: Model, target: Path | None = None) -> int:
     ----------
     target : Path, optional
         Matters only where there is a data file, because every tensor repeats that file's name; default:
-        the name of the source.
+        the model's own target, or the name of the source.
     """
-    name = (target or model.path or Path("model.onnx")).name
+    name = (target or model.target or model.path or Path("model.onnx")).name
     return _draft(model).nbytes(name)
 
 

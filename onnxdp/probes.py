@@ -253,12 +253,15 @@ def make(
         )
     if steady is not None:
         order = steady
-    elif answers is not None and plan.axes[plan.primary] is not None:
+    elif answers is not None and plan.axes.get(plan.primary) is not None:
         asked = answers
 
         def ask(chosen: Range) -> Array:
             feeds = ahead(lambda k: feed(np.arange(k, k + size), chosen), range(0, many, size))
-            return np.concatenate([np.asarray(asked(f)).reshape(size, -1) for f in feeds])
+            given = [np.asarray(asked(f)) for f in feeds]
+            if any(a.size % size for a in given):
+                return np.zeros((many, 1))  # they are not of single samples, and tell none apart
+            return np.concatenate([a.reshape(size, -1) for a in given])
 
         scores = ask(chosen)
         unknown = wanted is None and misfit is None and main == "image"

@@ -230,9 +230,9 @@ class _Hunt:
         return fitting, max(smaller, key=lambda k: k.choice.nbytes, default=None)
 
     def _forgo(self, beyond: _Known, fitting: _Known) -> None:
-        """Take no more of the steps that lead from what fits to what does not."""
+        """Take no more of the steps down that lead from what fits to what does not, nor beyond them."""
         kept, stepped = fitting.choice.candidates, beyond.choice.candidates
-        self.search.hold(c for n, c in kept.items() if stepped[n] != c)
+        self.search.hold(c for n, c in stepped.items() if c.nbytes < kept[n].nbytes)
         self.known = [k for k in self.known if k is not beyond]
 
     def next(self) -> float:

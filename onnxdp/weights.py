@@ -110,6 +110,8 @@ def find(model: ir.Model) -> Found:
             )
         elif value.is_graph_output():
             refusal = "is also a graph output"
+        elif not refusal and _exceeds_float32(tensor):
+            refusal = "holds numbers that float32 does not, in which weights are decoded"
         if refusal or weight is None:
             kept.append(Kept(name, refusal or "has no reader", tensor.nbytes))
             continue
@@ -251,6 +253,14 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
         for node in graph:
             if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
                 yield node.outputs[0]
+
+
+def _exceeds_float32(tensor: ir.TensorProtocol) -> bool:
+    """Whether the largest of its numbers is too large or too small for float32."""
+    if tensor.dtype != ir.DataType.DOUBLE:
+        return False
+    peak, known = float(np.abs(tensor.numpy()).max()), np.finfo(np.float32)
+    return 0 < peak < float(known.tiny) or float(known.max) < peak < np.inf
 
 
 def _function_bytes(node: ir.Node) -> int:

@@ -113,7 +113,15 @@ def text(header, held):
     header["positions"] = "many"
 
 
-@pytest.mark.parametrize("change", [older, lacking, astray, text])
+def feedless(header, held):
+    header["fit"]["feeds"] = []
+
+
+def inputless(header, held):
+    header["held_out"]["feeds"] = [{} for _ in header["held_out"]["feeds"]]
+
+
+@pytest.mark.parametrize("change", [older, lacking, astray, text, feedless, inputless])
 def test_a_header_edited_by_hand_is_refused(kept, options, change, tmp_path):
     edited = rewritten(kept[0], tmp_path / "edited.npz", change)
     with pytest.raises(UsageError, match="--save-analysis"):
@@ -127,10 +135,14 @@ def test_arrays_that_fit_no_weight_are_refused(kept, options, tmp_path):
         number = arrays.get("words", arrays.get("words0"))
         held[f"array{number}"] = held[f"array{number}"][:-1]
 
+    def spelled(header, held):
+        number = header["made"][0][4]["scale"]
+        held[f"array{number}"] = np.full(held[f"array{number}"].shape, "step")
+
     def unheard(header, held):
         header["made"][0][2] = {"levels": 1000}
 
-    for change, kind in ((shortened, UsageError), (unheard, PlanError)):
+    for change, kind in ((shortened, UsageError), (spelled, UsageError), (unheard, PlanError)):
         with pytest.raises(kind):
             edited = rewritten(kept[0], tmp_path / "edited.npz", change)
             onnxdp.plan(DIGITS, ratio=4, analysis=edited, **options)

@@ -39,7 +39,7 @@ from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import coded_of
 from onnxdp.methods.rounding import Curvature, Lattice
-from onnxdp.methods.roundings import RATES
+from onnxdp.methods.roundings import RATES, Roundings
 from onnxdp.methods.streams import Part
 from onnxdp.passes import GatherConstants, ReplaceWeights, ShortenNames
 from onnxdp.records import Weight
@@ -275,8 +275,9 @@ def test_branches_may_call_their_weights_alike():
         assert np.linalg.norm(after - before) < 0.5 * np.linalg.norm(before)
 
 
-def test_a_size_that_steps_in_float32_go_beyond_is_refused_with_the_bytes_there_are():
-    """Steps of 1e-8 are no float16, which outlines foresee."""
+def test_a_size_beyond_which_arrays_go_is_refused_with_the_bytes_there_are(monkeypatch):
+    """Steps of 1e-8 are no float16, as which outlines would count them that nobody tells."""
+    monkeypatch.setattr(Roundings, "foreseen", lambda self, outline: outline)
     rng = np.random.default_rng(0)
     tensors = {n: draw(rng, 128, 128) * np.float32(1e-7) for n in "AB"} | {"s": np.array(1e6, np.float32)}
     body = "a = MatMul(x, A) b = Mul(a, s) c = Relu(b) d = MatMul(c, B) y = Mul(d, s)"
@@ -579,6 +580,23 @@ def test_quick_rounding_says_about_what_care_would():
                 for q in (True, False)
             ]
             assert 0.9 < made[1] / made[0] < 1.05
+
+
+@pytest.mark.parametrize("mean", [0.5, 5.0], ids=["weakly", "strongly"])
+@pytest.mark.parametrize("bits", [1.0, 2.0, 2.75])
+@pytest.mark.parametrize("kind", ["alike", "positive", "shifted"])
+def test_numbers_and_inputs_with_a_mean_are_rounded_as_well_with_care(kind, bits, mean):
+    """Sweeps at larger steps took more bits, steps were doubled, and all numbers were zero in the end."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((100, 100)).astype(np.float32)
+    w = {"alike": 1 + w / 1000, "positive": np.abs(w), "shifted": w + 2}[kind]
+    x = np.maximum(rng.standard_normal((1, 200, 100)) + mean, 0).astype(np.float32) / np.float32(200**0.5)
+    task = Task(weight_of((100, 100), op="MatMul"), w, x, False)
+    quick, care = (
+        QUANT.encode(replace(task, quick=q), {"bits": bits}, Settings(), device="cpu").error
+        for q in (True, False)
+    )
+    assert care < 1.5 * quick < 0.3
 
 
 # ---- lattices

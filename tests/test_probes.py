@@ -257,6 +257,20 @@ def test_the_networks_answers_choose_the_probes() -> None:
     assert whole(probes, "ids")[:, 1].min() > whole(make([IDS], samples=30, seed=0), "ids")[:, 1].mean()
 
 
+@pytest.mark.parametrize("shape", [(96, 7), (1, 10), ()], ids=str)
+def test_answers_that_are_not_of_single_samples_choose_none(shape: tuple[int, ...]) -> None:
+    """W x with a constant W, a closing mean: their size is no multiple of the feed's."""
+    spec = InputSpec("x", "float32", (64, 7))
+    made = make([spec], samples=128, seed=0, answers=lambda _: np.ones(shape))
+    plain = make([spec], samples=128, seed=0)
+    assert np.array_equal(whole(made, "x"), whole(plain, "x"))
+
+
+def test_a_model_without_inputs_needs_none() -> None:
+    made = make([], samples=8, seed=0, answers=lambda _: np.ones((4, 10)))
+    assert made.samples >= 8 and not any(made.feeds)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 70), st.floats(0.01, 0.99), st.integers(1, 40))
 def test_split_parts_the_samples(samples: int, share: float, batch: int) -> None:

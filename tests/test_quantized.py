@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -338,7 +339,8 @@ def plan(made, tmp_path, monkeypatch):
     return plain
 
 
-def edited(plan, **params):
+def edited(plan, *, budget=None, **params):
+    plan["budget"] = budget
     choice = next(c for c in plan["choices"] if c["weight"] == "w2")
     choice["params"] = params
     Path("q.json").write_text(json.dumps(plan))
@@ -368,6 +370,20 @@ def test_levels_edited_by_hand_are_honoured(plan, levels):
     line, cost = applied(plan, levels=levels)
     assert line["after"] == cost
     assert package.verify("in.onnx", "out.onnx", samples=8).passed
+
+
+def test_a_plan_whose_edited_choices_exceed_its_budget_is_refused(plan):
+    budget = plan["budget"]
+    edited(plan, budget=budget, levels=255)
+    for words in (["out.onnx"], ["--dry-run"]):
+        before = listing()
+        done = onnxdp("apply", "in.onnx", "q.json", *words)
+        said = r"error: The plan's choices give ([\d,]+) bytes and its budget is ([\d,]+); raise the budget"
+        taken, allowed = (int(n.replace(",", "")) for n in re.match(said, done.stderr).groups())
+        assert (done.exit_code, allowed, listing()) == (2, budget, before)
+    edited(plan, budget=taken, levels=255)
+    assert onnxdp("apply", "in.onnx", "q.json", "out.onnx").exit_code == 0
+    assert Path("out.onnx").stat().st_size <= taken
 
 
 TAKES = (

@@ -197,3 +197,15 @@ def test_patterns(four, include, exclude, left):
 def test_a_pattern_that_means_nothing_is_an_error(four, pattern, option):
     with pytest.raises(UsageError, match=f"--{option}"):
         weights.select(four, **{"include": (), "exclude": (), option: [pattern]})
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-30, 1.0, 1e30, 1e60])
+def test_numbers_that_float32_does_not_hold_are_left_alone(scale):
+    """They are decoded in float32: a bug was reported, or the weight was zero."""
+    tensors = {"W": scale * RNG.standard_normal((8, 6)), "V": RNG.standard_normal((6, 30))}
+    found = found_in(
+        "h = MatMul(x, W) y = MatMul(h, V)", tensors, inputs="double[N,8] x", outputs="double[] y"
+    )
+    kept = {k.weight: k.reason for k in found.kept}
+    assert ("W" in kept) == (scale in (1e-60, 1e60)) and "V" not in kept
+    assert all("float32" in reason for reason in kept.values())

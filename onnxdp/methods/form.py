@@ -96,6 +96,14 @@ class Keeping(Protocol):
 
 
 @runtime_checkable
+class Foreseeing(Protocol):
+    """A solution that knows more of the arrays to come than their shapes."""
+
+    def foreseen(self, outline: Encoded) -> Encoded:
+        """Return the form's outline with the types that the weight's own numbers call for."""
+
+
+@runtime_checkable
 class Restorable(Protocol):
     """A form whose solutions can be restored without samples."""
 

@@ -46,6 +46,8 @@ _NEAR = 0.001
 """Share of its bits that a weight may leave over, or some ..."""
 _FEW = 4
 """... bits in all."""
+_ASTRAY = 2
+"""Times the steps of plain feedback from which sweeps have led astray, or have got stuck."""
 _LOOKED = 1 << 14
 """Numbers, about, whose bits tell where to start."""
 _MANY = 256
@@ -144,14 +146,21 @@ class Problem:
         for _ in range(_ROUNDS):
             if abs(got - bits) > _FAR * near:
                 correct(Lattice.round)
+        plainly = factor, slope
         for done in range(0 if quick else _SWEEPS + _CORRECTED):
             if done >= _SWEEPS and got <= bits and (got >= bits - near or factor == floor):
                 break
             correct(Lattice.sweep)
         least = near / slope / 4
-        while not quick and got > bits and flat.any():
-            correct(Lattice.sweep if least < 1 else Lattice.round, least)  # sweeps may stick
-            least = min(2 * least, 1.0)
+        while not quick and got > bits and least < 1:
+            correct(Lattice.sweep, least)
+            least *= 2
+        if not quick and (got > bits or factor > _ASTRAY * plainly[0]):  # larger steps took more bits
+            (factor, slope), least = plainly, near / plainly[1] / 4
+            got = go(Lattice.round, factor)
+            while got > bits and flat.any():
+                correct(Lattice.round, least)
+                least = min(2 * least, 1.0)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
         return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
 

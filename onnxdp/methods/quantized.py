@@ -90,6 +90,8 @@ class Quantized:
     def fits(self, weight: Weight, encoded: Encoded) -> bool:
         """Compare shapes with an outline's; the words of a code have to be as many as its digits take."""
         made, like = encoded.arrays, self.outline(weight, encoded.params).arrays
+        if "scale" not in made or made["scale"].dtype.kind != "f":
+            return False
         if "bits" not in encoded.params:
             return {n: a.shape for n, a in made.items()} == {n: a.shape for n, a in like.items()}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from onnxdp.methods import escapes, layout, packing
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
-from onnxdp.methods.problem import NAME, OPSET, Problem
+from onnxdp.methods.problem import NAME, OPSET, Problem, kept
 from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
@@ -93,6 +94,19 @@ class Roundings:
         """Return those that were tried: errors of the others do the same damage."""
         ways = self._scan(self._bits)
         return [(self._candidate(way, self._made[way].error),) for way in ways if way[0] == ways[0][0]]
+
+    def foreseen(self, outline: Encoded) -> Encoded:
+        """Return an outline with steps in float32 where float16 does not hold such steps.
+
+        They are as many times smaller than those of the nearest way that was tried as there are more levels.
+        """
+        way = _way(outline.params)
+        near = min(self._scan(self._bits), key=lambda tried: abs(_log_levels(tried) - _log_levels(way)))
+        steps = self._made[near].arrays["scale"].astype(np.float32)
+        largest = np.abs(steps).max() * np.exp(np.float32(_log_levels(near) - _log_levels(way)))
+        unit = packing.unit(int(way[1])) if way[0] == "levels" else 1.0
+        kind = kept(largest.reshape(1), unit).dtype
+        return replace(outline, arrays={**outline.arrays, "scale": outline.arrays["scale"].astype(kind)})
 
     def ready(self, params: Sequence[Params]) -> bool:
         """Return whether it was tried, or what it takes to try it is still there."""
