@@ -34,9 +34,10 @@ def commands() -> str:
     from onnxdp.cli import main
 
     rows = []
+    group = main.make_context("onnxdp", [], resilient_parsing=True)
     for name, command in main.commands.items():
         words = [
-            p.make_metavar(command.make_context(name, [], resilient_parsing=True))
+            p.make_metavar(command.make_context(name, [], parent=group, resilient_parsing=True))
             for p in command.params
             if p.param_type_name == "argument"
         ]
