@@ -36,6 +36,8 @@ LIMIT = 3.0
 """Most by which one repair may change what a weight counts."""
 TRUST = 0.5
 """Power of what a weight counts within the whole over what it does alone: later layers have adapted."""
+_UNREACHED = 0.5
+"""What the damage of a weight that no probe reaches counts: few inputs will."""
 TILT = 2.0
 """What the last weight's damage counts over what it does alone, and the first's the other way round."""
 DEEP = 12
@@ -200,13 +202,13 @@ class Search:
         return bool(damage)
 
     def _presume(self, unreached: Sequence[Candidate]) -> None:
-        """Let errors of weights that no probe reaches, in another branch of an If, count as others' do."""
+        """Let errors of weights that no probe reaches, in another branch of an If, count half as much."""
         rates = (
             [d / s for c in self.curves.values() for s, d in zip(c.squares, c.damages, strict=True)]
             if unreached
             else []
         )
-        rate = max(1.0, median(rates)) if rates else 1.0
+        rate = _UNREACHED * max(1.0, median(rates)) if rates else 1.0
         for c in unreached:
             self.curve(c).add(c.error**2, rate * c.error**2)
 

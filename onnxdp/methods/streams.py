@@ -30,7 +30,7 @@ from onnxdp.records import Array, Weight
 SMALL = 1 << 16
 """Numbers of a weight below which it shares a stream."""
 _SURELY = 12
-"""Weights from which that is smaller for sure."""
+"""Weights of a kind, on average, from which that is smaller for sure."""
 _MOST = 1 << 22
 """Numbers of all streams together: folding holds some 30 bytes for each."""
 
@@ -97,7 +97,8 @@ def _all(outer: Builder, places: Sequence[Place]) -> None:
             small.append((build, part))
     together = {id(part) for _, part in small}
     joined = [part for _, part in places if id(part) in together]
-    if len(joined) < _SURELY and not _pays(outer.opset, joined):
+    surely = _SURELY * len({part.kind for part in joined})
+    if len(joined) < surely and not _pays(outer.opset, joined):
         together = set()
     for build, part in places:
         if id(part) not in together:
