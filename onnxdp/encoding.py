@@ -312,15 +312,17 @@ class Workshop:
         *,
         quick: bool = False,
         spare: float = 0.0,
+        memo: dict[str, Any] | None = None,
     ) -> Encoded:
         """Encode another tensor in the form of a candidate that shares nothing, on other samples.
 
-        Its numbers may take so many bits more as there are to ``spare``.
+        Its numbers may take so many bits more as there are to ``spare``; what does not depend on these is kept
+        in the ``memo`` for another try.
         """
         weight = self.weights[candidate.weight]
         form = self.forms[candidate.method]
         seen = None if self._settings.unweighted else samples
-        task = Task(weight, tensor, seen, False, self._bits, lack, quick, spare=spare)
+        task = Task(weight, tensor, seen, False, self._bits, lack, quick, spare=spare, memo=memo)
         with arrays.one_blas_thread():
             return form.encode(task, candidate.params, self._settings, device=self._device)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -126,7 +126,8 @@ def refine(
             if room is None or choice.weight not in closing:
                 new, shift = fit()
             else:
-                new, shift = _filled(fit, partial(_beside, room, list(encoded.values())), weight)
+                left = partial(_beside, room, list(encoded.values()))
+                new, shift = _filled(partial(fit, memo={}), left, weight)
         encoded[choice.weight] = new
         if spot.centred:
             shifts[choice.weight] = shift
@@ -281,13 +282,21 @@ def _refit(
     *,
     quick: bool,
     spare: float = 0.0,
+    memo: dict[str, Any] | None = None,
 ) -> tuple[Encoded, Array]:
-    """Return the weight encoded for what the compressed network feeds it, and what its bias gains."""
+    """Return the weight encoded for what the compressed network feeds it, and what its bias gains.
+
+    What does not depend on ``spare`` is left in the ``memo`` for the next try.
+    """
     arrays.trim()
     weight = workshop.weights[choice.weight]
-    lack = aims.rows - seen.gives(w)
+    lack = None if memo is None else memo.get("lack")
+    if lack is None:
+        lack = aims.rows - seen.gives(w)
+    if memo is not None:
+        memo["lack"] = lack
     if workshop.forms[choice.method].sequential:
-        new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick, spare=spare)
+        new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick, spare=spare, memo=memo)
     else:
         moved = w + ALPHA * _ridge_solve(seen.rows, lack)
         new = workshop.encode_one(choice, weights.unblocks(weight, moved), seen.rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
@@ -61,6 +61,8 @@ class Task:
     """Bits of each number beyond those that the params say, to fill a file."""
     total: int = 1 << 20
     """Numbers of all the model's weights: what decodes them is shared."""
+    memo: dict[str, Any] | None = None
+    """What a form worked out of all else, for tries with other ``spare`` bits; None where there is one try."""
 
 
 class Solved(Protocol):

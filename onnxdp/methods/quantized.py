@@ -103,7 +103,7 @@ class Quantized:
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
-        return Problem.of(task, device).encoded(task, params, quick=task.quick, device=device)
+        return Problem.remembered(task, device).encoded(task, params, quick=task.quick, device=device)
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""
