@@ -316,7 +316,7 @@ class Workshop:
     ) -> Encoded:
         """Encode another tensor in the form of a candidate that shares nothing, on other samples.
 
-        Its numbers may take so many bits more as there are to ``spare``; what does not depend on these is kept
+        Its numbers may take so many bits more as there are to ``spare``; what does not depend on these stays
         in the ``memo`` for another try.
         """
         weight = self.weights[candidate.weight]

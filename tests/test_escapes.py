@@ -397,6 +397,17 @@ def test_weights_of_one_code_decode_from_long_streams(dtype, monkeypatch):
     assert_decodes(together(17, parts), parts)
 
 
+@pytest.mark.parametrize("size", [(9, 80), (1100, 300)])
+def test_no_escapes_are_scattered_in_8_bits(size):
+    """OpenVINO (2026.4) folds ScatterElements of 16 bits and not of 8: it decoded at every call, and
+    refused an LSTM whose weights were no constants then."""
+    parts = [coded_part(b, size, seed=i) for i, b in enumerate([1.0, 2.0, 4.0])]
+    proto = onnx.shape_inference.infer_shapes(together(17, parts), data_prop=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
+    scattered = [n for n in proto.graph.node if n.op_type == "ScatterElements"]
+    assert scattered and {types[n.output[0]] for n in scattered} == {onnx.TensorProto.INT16}
+
+
 @pytest.mark.parametrize("bits", [0.75, 2.0, 4.0])
 def test_a_large_weight_decodes_and_folds(bits, tmp_path):
     weight = weight_of((1100, 1024), op="Gemm")  # more digits than are taken apart by division

@@ -42,8 +42,8 @@ CASES = (
     ("zoo/dtln_1", 4),
     ("zoo/slovorez_fp16", 4),
 )
-"""File and ratio; the VGG's zeros run on, ResNet-18's weights are large and read tables, and the last three hold
-LSTM weights in branches, LSTM weights, and float16 throughout."""
+"""File and ratio; the VGG's zeros run on, ResNet-18's weights are large and read tables, and the last three
+hold LSTM weights in branches, LSTM weights, and float16 throughout."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ Decoding is a chain of ordinary operators, all of which ONNX Runtime folds:
 
     digits -> Equal(escape) -> Compress(0 1 2 ...) -> ScatterElements(digits, places, next stream)
 
-Compress gives as many places as the next stream has digits, which its value_info says: without, ONNX Runtime
-1.27 and later would not fold it (runtime.md section 2). One row of 32-bit numbers serves all streams; NonZero
-and ScatterND, in 64 bits, take twice the time and twice the memory of the weights.
+Compress gives as many places as the next stream has digits, which its value_info says: without, ONNX
+Runtime 1.27 and later would not fold it (runtime.md section 2). Integers are drawn in 16 bits, because
+OpenVINO (2026.4) folds no ScatterElements of 8. Rows of 32-bit numbers serve all streams; NonZero and
+ScatterND, in 64 bits, take twice the time and twice the memory of the weights.
 
 References
 ----------
@@ -50,7 +51,7 @@ _WHOLE = 24
 """Integers that are whole runs of every code."""
 _MIXED = 0.35
 """Deviation of the logarithm of the sizes that normal numbers are mixed of, to be like weights."""
-_DRAWN = 110
+_DRAWN = 120
 """Bytes of the operators that decode one stream, about."""
 
 
@@ -288,7 +289,7 @@ def _bits(levels: int) -> float:
 
 
 def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
-    """Draw the integers in a row, int8, and by how many zeros too many."""
+    """Draw the integers in a row, int16, and by how many zeros too many."""
     build = build.outer  # there the length of what Compress gives can be told
     run, levels = coded.code
     value: ir.Value | None = None
@@ -308,7 +309,7 @@ def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
             count = digits.size
             drawn = packing.head(build, drawn, 0, count) if more else drawn
         if value is not None:
-            escape = build.constant("escape", np.array(_ESCAPE, np.int8), TERSE)
+            escape = build.constant("escape", np.array(_ESCAPE, np.int16), TERSE)
             escapes = build.node("Equal", [drawn, escape], "escapes")
             places = build.node("Compress", [build.counted(count), escapes], "places")
             build.tell(places, ir.DataType.INT32, (coded.streams[k + 1].size,))
@@ -329,10 +330,10 @@ def _grid(code: Code, stream: int) -> Grid:
     """Return what the digits of a stream stand for; of one that tells of runs: zeros, or escapes."""
     levels = code.levels[stream]
     if stream == 0 and code.run > 1:
-        return Grid(f"E{code.run}", (0, _ESCAPE))
+        return Grid(f"E{code.run}", (0, _ESCAPE), wide=True)
     start = sum(n - 1 for n in code.levels[1 if code.run > 1 else 0 : stream])
     ranks = [min(r, 2 * MOST) for r in range(start, start + levels)]
     numbers = [-(r + 1) // 2 if r % 2 else r // 2 for r in ranks]
     if stream == len(code.levels) - 1:
-        return Grid(f"E{start}.{levels}.", tuple(numbers))
-    return Grid(f"E{start}.{levels}", (*numbers[:-1], _ESCAPE))
+        return Grid(f"E{start}.{levels}.", tuple(numbers), wide=True)
+    return Grid(f"E{start}.{levels}", (*numbers[:-1], _ESCAPE), wide=True)

@@ -62,7 +62,7 @@ class Task:
     total: int = 1 << 20
     """Numbers of all the model's weights: what decodes them is shared."""
     memo: dict[str, Any] | None = None
-    """What a form worked out of all else, for tries with other ``spare`` bits; None where there is one try."""
+    """What a form worked out of all else, for tries with other ``spare`` bits; None: there is one try."""
 
 
 class Solved(Protocol):

@@ -173,6 +173,8 @@ class Grid(NamedTuple):
 
     name: str
     numbers: tuple[int, ...]
+    wide: bool = False
+    """Whether they are drawn in 16 bits, though 8 would hold them."""
 
     @classmethod
     @cache
@@ -213,7 +215,7 @@ def stream(build: Builder, digits: Array, grid: Grid, name: str) -> tuple[ir.Val
 def _row(build: Builder, packed: Packing, words: Array, grid: Grid, name: str, *, divided: bool) -> ir.Value:
     """Draw what the digits of all words stand for, one after the other."""
     if packed.digits == 1:
-        return build.named(name).constant("words", grid.values[words])
+        return _widened(build, build.named(name).constant("words", grid.values[words]), grid)
     if build.opset < 10 or not divided:
         value = _rows(build.named(name), packed, words, grid)
     else:
@@ -266,7 +268,7 @@ def _rows(build: Builder, packing: Packing, words: Array, grid: Grid) -> ir.Valu
 def _drawn(build: Builder, grid: Grid) -> ir.Value:
     """Draw what single digits stand for, (levels,) int8 or int16, once for all weights."""
     if not is_wide(len(grid.numbers)) or build.opset < 11:
-        return build.outer.constant("x1", grid.values, f"{TERSE}.{grid.name}")
+        return _widened(build.outer, build.outer.constant("x1", grid.values, f"{TERSE}.{grid.name}"), grid)
     return build.outer.once(f"grid {grid.name}", lambda: _counted(build.outer, len(grid.numbers)))
 
 
@@ -306,7 +308,14 @@ def _generates(levels: int, digits: int, opset: int) -> bool:
 def _stored(build: Builder, grid: Grid, digits: int) -> ir.Value:
     levels = len(grid.numbers)
     numbers = np.arange(levels**digits)[:, None] // levels ** np.arange(digits) % levels
-    return build.constant(f"x{digits}", grid.values[numbers], f"{TERSE}.{grid.name}")
+    return _widened(build, build.constant(f"x{digits}", grid.values[numbers], f"{TERSE}.{grid.name}"), grid)
+
+
+def _widened(build: Builder, value: ir.Value, grid: Grid) -> ir.Value:
+    if not grid.wide:
+        return value
+    to = int(ir.DataType.INT16)
+    return build.once(f"wide {value.name}", lambda: build.node("Cast", [value], "wide", to=to))
 
 
 def _generated(build: Builder, grid: Grid, digits: int) -> ir.Value:

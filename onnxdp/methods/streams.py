@@ -202,7 +202,7 @@ def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> 
 
 def _is_wide(kind: tuple[int, ...]) -> bool:
     """Whether integers are int16 and not int8."""
-    return len(kind) == 1 and packing.is_wide(kind[0])
+    return len(kind) > 1 or packing.is_wide(kind[0])
 
 
 def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
