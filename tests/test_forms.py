@@ -81,7 +81,7 @@ def stored_bytes(model: ir.Model, encoded: Encoded) -> int:
     held = [t for t in model.graph.initializers.values() if t.dtype != ir.DataType.INT64]
     own = [t for t in held if t.name.startswith("W.") or t.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)]
     structure = {t.dtype for t in held} - {t.dtype for t in own}
-    assert structure <= {ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT32}
+    assert structure <= {ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.UINT32}
     alone = {f"W.{role}": a.nbytes for role, a in encoded.arrays.items() if role.endswith("scale")}
     wide = [alone[t.name] for t in own if t.const_value.nbytes == 2 * alone.get(t.name, -1)]
     return sum(t.const_value.nbytes for t in own) - sum(wide)
