@@ -164,7 +164,7 @@ def test_streams_that_are_left_out_make_files_smaller():
             integers = laplace(size, spread_for(code), seed=size)
 
             def whole(coded):
-                return nbytes(17, lambda build: escapes.draw(build, coded, "w"))
+                return nbytes(17, lambda build: escapes.draw(build, coded, "w", wide=True))
 
             cut = Coded.of(integers, code)
             with mock.patch.object(escapes, "_cut", lambda code, counts: (0, code)):
@@ -197,7 +197,7 @@ def drawn_integers(opset, cases):
     values = []
     for i, (code, integers) in enumerate(cases):
         build = Builder(made.graph, f"w{i}", paper)
-        value, over = escapes.draw(build, Coded.of(integers, code), f"w{i}")
+        value, over = escapes.draw(build, Coded.of(integers, code), f"w{i}", wide=i % 2 == 1)
         value = packing.head(build, value, 0, integers.size) if over else value
         values.append(build.node("Cast", [value], "float", to=int(ir.DataType.FLOAT)))
         assert not build.nodes  # constants only
@@ -397,15 +397,18 @@ def test_weights_of_one_code_decode_from_long_streams(dtype, monkeypatch):
     assert_decodes(together(17, parts), parts)
 
 
-@pytest.mark.parametrize("size", [(9, 80), (1100, 300)])
-def test_no_escapes_are_scattered_in_8_bits(size):
-    """OpenVINO (2026.4) folds ScatterElements of 16 bits and not of 8: it decoded at every call, and
-    refused an LSTM whose weights were no constants then."""
+@pytest.mark.parametrize(
+    ("op", "size", "kind"),
+    [("Conv", (9, 80), "INT16"), ("Conv", (1100, 300), "INT8"), ("LSTM", (1, 1100, 300), "INT16")],
+)
+def test_escapes_of_small_and_of_lstm_weights_are_scattered_in_16_bits(op, size, kind):
+    """OpenVINO (2026.4) folds no ScatterElements of 8 bits, and refused an LSTM of dtln_1 for that."""
     parts = [coded_part(b, size, seed=i) for i, b in enumerate([1.0, 2.0, 4.0])]
+    parts = [replace(p, weight=replace(p.weight, op=op)) for p in parts]
     proto = onnx.shape_inference.infer_shapes(together(17, parts), data_prop=True)
     types = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
     scattered = [n for n in proto.graph.node if n.op_type == "ScatterElements"]
-    assert scattered and {types[n.output[0]] for n in scattered} == {onnx.TensorProto.INT16}
+    assert scattered and {types[n.output[0]] for n in scattered} == {onnx.TensorProto.DataType.Value(kind)}
 
 
 @pytest.mark.parametrize("bits", [0.75, 2.0, 4.0])

@@ -11,9 +11,10 @@ Decoding is a chain of ordinary operators, all of which ONNX Runtime folds:
     digits -> Equal(escape) -> Compress(0 1 2 ...) -> ScatterElements(digits, places, next stream)
 
 Compress gives as many places as the next stream has digits, which its value_info says: without, ONNX
-Runtime 1.27 and later would not fold it (runtime.md section 2). Integers are drawn in 16 bits, because
-OpenVINO (2026.4) folds no ScatterElements of 8. Rows of 32-bit numbers serve all streams; NonZero and
-ScatterND, in 64 bits, take twice the time and twice the memory of the weights.
+Runtime 1.27 and later would not fold it (runtime.md section 2). Rows of 32-bit numbers serve all streams;
+NonZero and ScatterND, in 64 bits, take twice the time and twice the memory of the weights. OpenVINO (2026.4)
+folds ScatterElements of 16 bits and not of 8; ONNX Runtime holds all that it folds until it is done, so that
+16 are for weights that are not large, and for those that OpenVINO wants as constants.
 
 References
 ----------
@@ -288,15 +289,16 @@ def _bits(levels: int) -> float:
     return 8 * min(p.nbytes(many) for p in packing.offered(levels, SINCE)) / many
 
 
-def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
-    """Draw the integers in a row, int16, and by how many zeros too many."""
+def draw(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Value, int]:
+    """Draw the integers in a row, int8 or (``wide``) int16, and by how many zeros too many."""
     build = build.outer  # there the length of what Compress gives can be told
     run, levels = coded.code
     value: ir.Value | None = None
     over = 0
     for k in range(len(levels) - 1, -1, -1):
         digits = coded.streams[k]
-        drawn, more = packing.stream(build, digits, _grid(coded.code, k), f"{name}.{k}")
+        grid = _grid(coded.code, k)._replace(wide=wide)
+        drawn, more = packing.stream(build, digits, grid, f"{name}.{k}")
         if k == 0:
             count = digits.size + more
             if run > 1:
@@ -309,7 +311,8 @@ def draw(build: Builder, coded: Coded, name: str) -> tuple[ir.Value, int]:
             count = digits.size
             drawn = packing.head(build, drawn, 0, count) if more else drawn
         if value is not None:
-            escape = build.constant("escape", np.array(_ESCAPE, np.int16), TERSE)
+            kind = np.int16 if wide else np.int8
+            escape = build.constant("escape16" if wide else "escape", np.array(_ESCAPE, kind), TERSE)
             escapes = build.node("Equal", [drawn, escape], "escapes")
             places = build.node("Compress", [build.counted(count), escapes], "places")
             build.tell(places, ir.DataType.INT32, (coded.streams[k + 1].size,))
@@ -330,10 +333,10 @@ def _grid(code: Code, stream: int) -> Grid:
     """Return what the digits of a stream stand for; of one that tells of runs: zeros, or escapes."""
     levels = code.levels[stream]
     if stream == 0 and code.run > 1:
-        return Grid(f"E{code.run}", (0, _ESCAPE), wide=True)
+        return Grid(f"E{code.run}", (0, _ESCAPE))
     start = sum(n - 1 for n in code.levels[1 if code.run > 1 else 0 : stream])
     ranks = [min(r, 2 * MOST) for r in range(start, start + levels)]
     numbers = [-(r + 1) // 2 if r % 2 else r // 2 for r in ranks]
     if stream == len(code.levels) - 1:
-        return Grid(f"E{start}.{levels}.", tuple(numbers), wide=True)
-    return Grid(f"E{start}.{levels}", (*numbers[:-1], _ESCAPE), wide=True)
+        return Grid(f"E{start}.{levels}.", tuple(numbers))
+    return Grid(f"E{start}.{levels}", (*numbers[:-1], _ESCAPE))

@@ -292,7 +292,7 @@ def _table(build: Builder, grid: Grid, digits: int) -> ir.Value:
     if is_wide(levels):  # more digits than one would be too many rows
         return outer.once(f"column {grid.name}", lambda: outer.reshape(_drawn(build, grid), [-1, 1], "x1"))
     form = _generated if _generates(levels, digits, build.opset) else _stored
-    return outer.once(f"table {grid.name} {digits}", lambda: form(outer, grid, digits))
+    return outer.once(f"table {grid.name} {digits} {grid.wide}", lambda: form(outer, grid, digits))
 
 
 @cache

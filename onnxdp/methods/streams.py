@@ -33,6 +33,8 @@ _SURELY = 12
 """Weights of a kind, on average, from which that is smaller for sure."""
 _MOST = 1 << 22
 """Numbers of all streams together: folding holds some 30 bytes for each."""
+_CONSTANT = ("LSTM", "GRU", "RNN")
+"""Operators whose weights OpenVINO refuses unless it can fold what decodes them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +133,7 @@ def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
 def _alone(build: Builder, part: Part) -> None:
     """Draw one weight's chain."""
     if isinstance(part.words, Coded):
-        value, over = escapes.draw(build, part.words, build.weight)
+        value, over = escapes.draw(build, part.words, build.weight, wide=part.weight.op in _CONSTANT)
         if over:
             value = packing.head(build, value, 0, part.weight.size)
         value = build.reshape(value, part.stored, "shaped")
@@ -210,9 +212,8 @@ def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
     code = parts[0].code
     if isinstance(code, Code):
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
-        return escapes.draw(
-            build, Coded.of(np.concatenate(integers), code), f"{TERSE}.{code.run}.{code.levels[0]}"
-        )
+        coded = Coded.of(np.concatenate(integers), code)
+        return escapes.draw(build, coded, f"{TERSE}.{code.run}.{code.levels[0]}", wide=True)
     digits = [
         p.code.unpack(p.words, p.weight.size)
         for p in parts
