@@ -154,8 +154,6 @@ class Budget:
 
     def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
         """Return the choice, or the one made with every change weighed within the whole, if it is better."""
-        if not self.search.workshop.light:
-            return choice
         encoded = encode(choice)
         best, damage = choice, self.search.measured(*encoded)[0]
         for _ in range(_ROUNDS):

@@ -24,6 +24,7 @@ DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "float64": ir.DataType.DOUBLE,
     "bfloat16": ir.DataType.BFLOAT16,
+    "int16": ir.DataType.INT16,
 }
 
 TERSE = "dp"

@@ -270,7 +270,7 @@ class Job:
                 budgets.require_reach(operations, search, self.settings)
             reached = budgets.least_bytes(search, self.rewriter)
             if budget is not None:
-                weighs = self.encoder.sequential and operations is not None
+                weighs = self.encoder.sequential and operations is not None and self.workshop.light
                 quickly = self.encoder.quickly if weighs else None
                 choice = Budget(budget, search, self.rewriter, quickly).choose(reached)
             elif limit is not None and self.encoder.sequential:

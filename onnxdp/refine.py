@@ -122,7 +122,9 @@ def refine(
                 partial(original.aims, spot, w, workshop.seed),
                 partial(_look, compressed, spot, changes, workshop.seed),
             )
-            fit = partial(_refit, workshop, choice, tensor, w, aims, seen, quick=quick)
+            arrays.trim()
+            lack = aims.rows - seen.gives(w)
+            fit = partial(_refit, workshop, choice, tensor, w, aims, seen, lack, quick=quick)
             if room is None or choice.weight not in closing:
                 new, shift = fit()
             else:
@@ -279,6 +281,7 @@ def _refit(
     w: Array,
     aims: Aims,
     seen: Seen,
+    lack: Array,
     *,
     quick: bool,
     spare: float = 0.0,
@@ -286,15 +289,9 @@ def _refit(
 ) -> tuple[Encoded, Array]:
     """Return the weight encoded for what the compressed network feeds it, and what its bias gains.
 
-    What does not depend on ``spare`` is left in the ``memo`` for the next try.
+    ``lack`` is what its outputs lack as it is; what does not depend on ``spare`` stays in the ``memo``.
     """
-    arrays.trim()
     weight = workshop.weights[choice.weight]
-    lack = None if memo is None else memo.get("lack")
-    if lack is None:
-        lack = aims.rows - seen.gives(w)
-    if memo is not None:
-        memo["lack"] = lack
     if workshop.forms[choice.method].sequential:
         new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick, spare=spare, memo=memo)
     else:

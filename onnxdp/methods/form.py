@@ -7,10 +7,10 @@ tests check them for each that is registered: ONNX Runtime on what ``emit`` drew
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import onnx_ir as ir
 
@@ -23,6 +23,8 @@ from onnxdp.weights import Reader
 GROUP = "onnxdp.methods"
 FALLBACK = "float16"
 """Always a candidate beside the method asked for: where a method does not pay, the storage type still may."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,15 @@ class Task:
     """Numbers of all the model's weights: what decodes them is shared."""
     memo: dict[str, Any] | None = None
     """What a form worked out of all else, for tries with other ``spare`` bits; None: there is one try."""
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """Return what ``make`` gives, or gave in an earlier try."""
+        if self.memo is None:
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        made: T = self.memo[key]
+        return made
 
 
 class Solved(Protocol):

@@ -312,10 +312,7 @@ def _stored(build: Builder, grid: Grid, digits: int) -> ir.Value:
 
 
 def _widened(build: Builder, value: ir.Value, grid: Grid) -> ir.Value:
-    if not grid.wide:
-        return value
-    to = int(ir.DataType.INT16)
-    return build.once(f"wide {value.name}", lambda: build.node("Cast", [value], "wide", to=to))
+    return build.cast(value, "int16", "wide") if grid.wide else value
 
 
 def _generated(build: Builder, grid: Grid, digits: int) -> ir.Value:

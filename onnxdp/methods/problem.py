@@ -78,16 +78,6 @@ class Problem:
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
         return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
 
-    @classmethod
-    def remembered(cls, task: Task, device: str) -> Problem:
-        """Form it, or take it from the task's memo."""
-        if task.memo is None:
-            return cls.of(task, device)
-        if "problem" not in task.memo:
-            task.memo["problem"] = cls.of(task, device)
-        made: Problem = task.memo["problem"]
-        return made
-
     @property
     def nbytes(self) -> int:
         """Bytes of what was factored, about."""
@@ -123,7 +113,7 @@ class Problem:
         """
         weight, code = task.weight, code_for(bits)
         bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
-        given = self._given(task, device)
+        given = task.once("given", partial(self._given, task, device))
         lattices = [
             Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
             for w, steps in zip(given.halves, given.steps(self.parts, device), strict=True)
@@ -188,9 +178,6 @@ class Problem:
 
     def _given(self, task: Task, device: str) -> _Given:
         """Return the weight on the device, moved to where it gives what the outputs lack."""
-        if task.memo is not None and "given" in task.memo:
-            known: _Given = task.memo["given"]
-            return known
         host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
         stack, inputs, outputs = host.shape
         unit = near_one(host)
@@ -203,10 +190,7 @@ class Problem:
             return on_device if unit == 1 else on_device / unit
 
         halves = arrays.halves(outputs, _MANY)
-        given = _Given(host / unit, unit, list(arrays.side_by_side(some, halves)), halves)
-        if task.memo is not None:
-            task.memo["given"] = given
-        return given
+        return _Given(host / unit, unit, list(arrays.side_by_side(some, halves)), halves)
 
     def target(self, task: Task, device: str) -> arrays.Array:
         """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""

@@ -14,6 +14,7 @@ prototype.md: what rounding with error feedback keeps at 2 to 5 bits. runtime.md
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -103,7 +104,8 @@ class Quantized:
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
-        return Problem.remembered(task, device).encoded(task, params, quick=task.quick, device=device)
+        problem = task.once("problem", partial(Problem.of, task, device))
+        return problem.encoded(task, params, quick=task.quick, device=device)
 
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""

@@ -130,9 +130,8 @@ class Roundings:
     def _scan(self, bits: float) -> tuple[Way, ...]:
         """Return what to try for the bits that a target leaves each number."""
         if self._is_coded(bits):
-            rates: tuple[float, ...] = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
-            if bits >= 3.2:
-                rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5)
+            few = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
+            rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
             fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
             return (*(("bits", b) for b in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
