@@ -8,7 +8,7 @@ import os
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,9 @@ EXTERNAL_FROM = 1024
 """Tensors smaller than this stay in the model file, where shape inference reads them."""
 ALIGNMENT = 64
 """Offsets in a data file are multiples of this: a cache line; ONNX Runtime needs no more."""
+
+_LARGE = 1 << 20
+"""Bytes of a tensor from which it is counted without being copied into a message."""
 
 Layout: TypeAlias = dict[int, tuple[int, int]]
 """``id(tensor) -> (offset, length)`` in the data file, in bytes."""
@@ -57,12 +60,28 @@ class Draft:
         return cls(graph, value_info, layout, size)
 
     def nbytes(self, name: str) -> int:
-        """Count the bytes of both files, the model's being called ``name``."""
-        return int(self.proto(place.data_name(name, "0" * 64)).ByteSize()) + self.data_bytes
+        """Count the bytes of both files, the model's being called ``name``; no large tensor is copied."""
+        graph = self._drawn(place.data_name(name, "0" * 64))
+        held = [v.const_value for v in graph.graph.initializers.values() if v.const_value is not None]
+        large = [_counted_apart(t) for t in held]
+        if any(large):
+            graph = graph.clone() if graph is self.graph else graph
+            for value in graph.graph.initializers.values():
+                if value.const_value is not None and _counted_apart(value.const_value):
+                    value.const_value = _Hollow.of(value.const_value)
+        proto = self._serialized(graph)
+        grown = sum(_grown(t.ByteSize(), n) for t, n in zip(proto.graph.initializer, large, strict=True) if n)
+        inner = proto.graph.ByteSize()
+        return int(proto.ByteSize()) + grown + _varint(inner + grown) - _varint(inner) + self.data_bytes
 
     def proto(self, location: str = "") -> ModelProto:
         """Serialize without additions; what the layout names becomes a reference into ``location``."""
-        graph = self._referring(location) if self.layout else self.graph
+        return self._serialized(self._drawn(location))
+
+    def _drawn(self, location: str) -> ir.Model:
+        return self._referring(location) if self.layout else self.graph
+
+    def _serialized(self, graph: ir.Model) -> ModelProto:
         proto = ir.serde.serialize_model(graph)
         for opset in proto.opset_import:
             if not opset.domain:
@@ -118,6 +137,35 @@ class Draft:
             f.flush()
             os.fsync(f.fileno())
         return path.rename(room / place.data_name(name, digest.hexdigest()))
+
+
+class _Hollow(ir.Tensor[Any]):
+    """A tensor of which a message gets all but the numbers."""
+
+    @classmethod
+    def of(cls, tensor: ir.TensorProtocol) -> _Hollow:
+        made = cls(tensor.raw, tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+        made.metadata_props.update(tensor.metadata_props)
+        return made
+
+    def tobytes(self) -> bytes:
+        return b""
+
+
+def _counted_apart(tensor: ir.TensorProtocol) -> int:
+    """Return the bytes of a tensor that is counted without being copied; 0 where it is not."""
+    return tensor.nbytes if type(tensor) is ir.Tensor and tensor.nbytes >= _LARGE else 0
+
+
+def _grown(size: int, nbytes: int) -> int:
+    """Return how many bytes a tensor's field of ``size`` gains with so many in the place of none."""
+    more = nbytes + _varint(nbytes) - _varint(0)
+    return more + _varint(size + more) - _varint(size)
+
+
+def _varint(number: int) -> int:
+    """Bytes that a length takes in a message."""
+    return max(1, -(-number.bit_length() // 7))
 
 
 def fits_inline(graph: ir.Model) -> bool:

@@ -96,6 +96,10 @@ class Encoder:
         log.info("damage %.4g, refitted %.4g", before, after)
         return (refitted, True) if refit or after < before else (plain, False)
 
+    def rest(self) -> None:
+        """Let go of what is kept of the network as it was; what is asked next makes it again."""
+        self._originals.clear()
+
     def _refined(self, choices: Sequence[Candidate], *, quick: bool = False) -> Made:
         probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
         if not quick:

@@ -134,6 +134,13 @@ class Workshop:
             seen.clear()
         progress("solving weights", total, total, "")
 
+    def rest(self) -> None:
+        """Let go of what was solved: nothing is encoded any more."""
+        self._solved.clear()
+        self._last.clear()
+        self._samples.clear()
+        self._source = None
+
     def restore(self, kept: Solutions) -> None:
         """Take up what an earlier run solved, as far as it goes; :meth:`solve` does the rest.
 

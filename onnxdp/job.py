@@ -381,7 +381,9 @@ class Job:
         dry_run: bool,
     ) -> tuple[Any, Report]:
         """Encode, rewrite, verify and write; returns what :class:`onnxdp.Result` holds."""
+        macs = self.macs(made.choices)
         result, encoded = self.built(made)
+        self._rest()
         if saved := result.ir.meta.get(ShortenNames.KEY):
             self.notices.append(
                 "Internal names were shortened, default attributes left out, equal constants put together, "
@@ -427,9 +429,16 @@ class Job:
             device=self.device,
             notices=tuple(self.notices),
             dry_run=dry_run,
-            macs=self.macs(made.choices),
+            macs=macs,
         )
         return out, report
+
+    def _rest(self) -> None:
+        """Let go of what is large and was for choosing and encoding: verifying has its own sessions."""
+        self.workshop.rest()
+        self.encoder.rest()
+        self._meter = None
+        arrays.trim()
 
     def built(self, made: Plan) -> tuple[Model, list[Encoded]]:
         """Encode and rewrite; returns the result and its weights."""

@@ -100,8 +100,8 @@ class Factored:
         tr(W^T H W), the squared error of no atoms.
     complete : bool
         Whether the energies are all there are, so that their sum is the total.
-    right : array of shape (..., n, k), float64, or None
-    left, dual : arrays of shape (..., m, k), float64, or None
+    right : array of shape (..., n, k), of W's dtype, or None
+    left, dual : arrays of shape (..., m, k), of W's dtype, or None
     """
 
     energies: Array
@@ -128,11 +128,10 @@ class Factored:
                 "ask for fewer, or factor with a higher rank."
             )
         if self.right is not None:
-            basis = xp.astype(self.right[..., :rank], w.dtype, copy=False)
+            basis = self.right[..., :rank]
             return balance(w @ basis, xp.matrix_transpose(basis))
         assert self.left is not None and self.dual is not None
-        dual = xp.astype(self.dual[..., :rank], w.dtype, copy=False)
-        return balance(xp.astype(self.left[..., :rank], w.dtype, copy=False), xp.matrix_transpose(dual) @ w)
+        return balance(self.left[..., :rank], xp.matrix_transpose(self.dual[..., :rank]) @ w)
 
 
 def exact(w: Array, moment: Moment | None = None, *, rank: int | None = None) -> Factored:
@@ -163,16 +162,26 @@ def exact(w: Array, moment: Moment | None = None, *, rank: int | None = None) ->
     if w.shape[-1] <= w.shape[-2]:
         gram = cross(w, w) if moment is None else moment.gram(w)
         energies, basis = spectrum(gram, rank)
-        return Factored(energies, trace(gram), energies.shape[-1] == w.shape[-1], right=basis)
+        return Factored(energies, trace(gram), energies.shape[-1] == w.shape[-1], right=_like(basis, w))
     gram = cross(xp.matrix_transpose(w), xp.matrix_transpose(w))
     if moment is None:
         energies, basis = spectrum(gram, rank)
+        basis = _like(basis, w)
         return Factored(energies, trace(gram), energies.shape[-1] == w.shape[-2], left=basis, dual=basis)
     root = cholesky(moment.dense())
     gram = xp.matrix_transpose(root) @ gram @ root
     energies, basis = spectrum(gram, rank)
     left = xp.linalg.solve(xp.broadcast_to(xp.matrix_transpose(root), gram.shape), basis)
-    return Factored(energies, trace(gram), energies.shape[-1] == w.shape[-2], left=left, dual=root @ basis)
+    complete = energies.shape[-1] == w.shape[-2]
+    return Factored(energies, trace(gram), complete, left=_like(left, w), dual=_like(root @ basis, w))
+
+
+def _like(basis: Array, w: Array) -> Array:
+    """Return a basis in W's dtype, which is all that :meth:`Factored.pair` looks at: half the memory or less.
+
+    A copy: the eigenvectors that are not wanted can go.
+    """
+    return namespace(w).astype(basis, w.dtype, copy=True)
 
 
 def randomized(
@@ -206,7 +215,7 @@ def randomized(
     energies, turn = spectrum(cross(image, image) if moment is None else moment.gram(image))
     rank = min(rank, *w.shape[-2:])
     total = _energy(w, lambda rows: w[..., rows, :], moment)
-    return Factored(energies[..., :rank], total, False, right=double(basis) @ turn[..., :rank])
+    return Factored(energies[..., :rank], total, False, right=_like(double(basis) @ turn[..., :rank], w))
 
 
 def dpl(
