@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -36,6 +38,8 @@ _ROOMY = 500_000_000
 
 _APART = 128
 """Half of a matrix's columns from which its second moment is formed in pieces."""
+_PIECE = 1 << 23
+"""Numbers of a matrix, about, that are worked on at once."""
 _HELD = Path("/proc/self/statm")
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -150,17 +154,22 @@ def gram(x: Array) -> Array:
 
 
 def side_by_side(work: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
-    """Do the parts of some work in threads of their own; results in order."""
+    """Do the parts of some work in threads, as many as there are processors; results in order."""
     if len(parts) == 1:
         yield work(parts[0])
         return
-    with ThreadPoolExecutor(len(parts)) as pool:
+    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
         yield from pool.map(work, parts)
 
 
-def halves(columns: int, many: int) -> list[slice]:
-    """Cut columns in two where they are ``many``: always, so that threads change no bit."""
-    return [slice(None)] if columns < many else [slice(0, columns // 2), slice(columns // 2, None)]
+def pieces(rows: int, columns: int, many: int) -> list[slice]:
+    """Cut columns in two where they are ``many``, in more where a matrix is large.
+
+    Whatever the threads are: these change no bit.
+    """
+    count = 1 if columns < many else max(2, min(-(-rows * columns // _PIECE), columns // (many // 2)))
+    bounds = [columns * k // count for k in range(count + 1)]
+    return [slice(*ends) for ends in pairwise(bounds)]
 
 
 def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:

@@ -147,7 +147,8 @@ def test_a_sweep_never_increases_the_objective(inputs, levels, seed):
     unit = in_order(w, curvature, first_steps(w, curvature, levels))
     before = rounding._nearest(unit, half)
     times = curvature.moment.__matmul__
-    after, told = rounding._sweep(times(unit), before, times(before), curvature.moment, half)
+    after, told = before.copy(), times(before)
+    rounding._sweep(times(unit), 1.0, after, told, curvature.moment, half)
     h = np.abs(curvature.moment.astype(np.float64))
     exact = curvature.moment.astype(np.float64) @ after
     assert np.all(np.abs(told - exact) <= 4 * inputs * EPS32 * (h @ (np.abs(after) + np.abs(before))))

@@ -8,7 +8,7 @@ method.md 1.3 (the target that makes up for what earlier weights lost), 4.2 and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,7 +51,7 @@ _ASTRAY = 2
 _LOOKED = 1 << 14
 """Numbers, about, whose bits tell where to start."""
 _MANY = 256
-"""Columns from which the halves are rounded side by side: with fewer, threads wait for one another."""
+"""Columns from which halves are rounded side by side: with fewer, threads wait for one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,15 @@ class Problem:
         return Encoded(task.weight.name, NAME, dict(params), made, error)
 
     def _rounded(self, task: Task, levels: int, *, quick: bool, device: str) -> tuple[Array, Array, float]:
-        """Round the weight, halves side by side; returns digits (stack, rows, outputs), steps and error."""
+        """Round the weight, pieces side by side; returns digits (stack, rows, outputs), steps and error."""
         tries, sweeps = (1, 0) if quick else (3, 3)
-        given = self._given(task, device)
+        given = _Given.of(task)
 
         def some(w: arrays.Array) -> Rounded:
             return round_weights(w, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps)
 
-        return self._joined(task, list(arrays.side_by_side(some, given.halves)), given.unit)
+        moved = list(self._pieces(task, given, device))
+        return self._joined(task, list(arrays.side_by_side(some, moved)), given.unit)
 
     def _within(self, task: Task, bits: float, *, quick: bool, device: str) -> tuple[Array, Array, float]:
         """Round the weight so that its code takes no more bits; returns integers (size,), steps and error.
@@ -113,11 +114,8 @@ class Problem:
         """
         weight, code = task.weight, code_for(bits)
         bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
-        given = task.once("given", partial(self._given, task, device))
-        lattices = [
-            Lattice(w, self.curvature, steps, parts=self.parts, most=escapes.MOST)
-            for w, steps in zip(given.halves, given.steps(self.parts, device), strict=True)
-        ]
+        given = _Given.of(task)
+        lattices = task.once("lattices", partial(self._lattices, task, given, device))
         flat = np.empty(0, np.int8)
 
         def measured() -> float:
@@ -165,7 +163,7 @@ class Problem:
         return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
 
     def _joined(self, task: Task, made: Sequence[Rounded], unit: float) -> tuple[Array, Array, float]:
-        """Put halves together: digits (stack, rows, outputs), steps and the relative error."""
+        """Put pieces together: digits (stack, rows, outputs), steps and the relative error."""
         digits, scales, errors, energies = (
             np.concatenate([arrays.to_host(getattr(m, part)) for m in made], axis=-1)
             for part in ("digits", "scale", "error", "energy")
@@ -176,21 +174,24 @@ class Problem:
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
         return digits, scale, (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
 
-    def _given(self, task: Task, device: str) -> _Given:
-        """Return the weight on the device, moved to where it gives what the outputs lack."""
-        host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
-        stack, inputs, outputs = host.shape
-        unit = near_one(host)
+    def _lattices(self, task: Task, given: _Given, device: str) -> list[Lattice]:
+        steps = given.steps(self.parts, device)
+        return [
+            Lattice(w, self.curvature, own, parts=self.parts, most=escapes.MOST)
+            for w, own in zip(self._pieces(task, given, device), steps, strict=True)
+        ]
+
+    def _pieces(self, task: Task, given: _Given, device: str) -> Iterator[arrays.Array]:
+        """Give the weight's pieces on the device, moved to where they give what the outputs lack."""
+        stack, inputs, _ = given.shape
 
         def some(columns: slice) -> arrays.Array:
-            w = np.ascontiguousarray(host[:, :, columns]).reshape(
-                stack * self.parts, inputs // self.parts, -1
-            )
-            on_device = self._moved(arrays.to_device(w, device), task, columns, device)
-            return on_device if unit == 1 else on_device / unit
+            host = np.ascontiguousarray(given.host[:, :, columns])
+            host = host.reshape(stack * self.parts, inputs // self.parts, -1)
+            moved = self._moved(arrays.to_device(host, device), task, columns, device)
+            return moved if given.unit == 1 else moved / given.unit
 
-        halves = arrays.halves(outputs, _MANY)
-        return _Given(host / unit, unit, list(arrays.side_by_side(some, halves)), halves)
+        return arrays.side_by_side(some, given.columns)
 
     def target(self, task: Task, device: str) -> arrays.Array:
         """Return W moved to where it gives what the outputs lack, (1, inputs, outputs), on the device."""
@@ -216,23 +217,32 @@ class _Given:
     Attributes
     ----------
     host : ndarray of shape (stack, inputs, outputs), float32
-        As it was, over ``unit``.
     unit : float
-    halves : list of array of shape (stack x parts, inputs / parts, columns), float32
-        Moved to where it gives what the outputs lack.
+        What its numbers are divided by.
     columns : list of slice
-        Of the halves.
+        That are rounded side by side.
     """
 
     host: Array
     unit: float
-    halves: list[arrays.Array]
     columns: list[slice]
+
+    @classmethod
+    def of(cls, task: Task) -> _Given:
+        """Look at the weight of a task."""
+        host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
+        stack, inputs, outputs = host.shape
+        return cls(host, near_one(host), arrays.pieces(stack * inputs, outputs, _MANY))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Stack, inputs, outputs."""
         return self.host.shape
+
+    @property
+    def numbers(self) -> Array:
+        """Its numbers over ``unit``, (stack, inputs, outputs), float32."""
+        return self.host if self.unit == 1 else self.host / self.unit
 
     def sizes(self) -> Array:
         """Return what steps are in proportion to, (stack, outputs).
@@ -240,12 +250,13 @@ class _Given:
         Columns of the same size would all take the same bits, columns of the same step lose the same: between
         the two little is lost by either.
         """
-        own = np.sqrt(np.mean(self.host * self.host, axis=1))
+        own = self.numbers
+        own = np.sqrt(np.mean(own * own, axis=1))
         own = np.sqrt(own * np.sqrt(np.mean(own * own)))
         return np.where(own > 0, own, np.float32(1))
 
     def steps(self, parts: int, device: str) -> list[arrays.Array]:
-        """Return these for each half."""
+        """Return these for each piece."""
         sizes = np.repeat(self.sizes(), parts, axis=0)
         return [arrays.to_device(np.ascontiguousarray(sizes[:, c]), device) for c in self.columns]
 
@@ -255,10 +266,13 @@ class _Given:
         Also how many bits fewer they take where it doubles, and the least factor: with a smaller one more is
         lost, because so many steps do not reach the largest numbers (where most numbers are zero).
         """
-        unit = self.host / self.sizes()[:, None, :]
+        numbers, sizes = self.numbers, self.sizes()[:, None, :]
         stack, _, outputs = self.shape
-        stride = max(1, unit.size // _LOOKED)
-        few = unit[:, :, ::stride] if outputs > stride else unit[::stride] if stack > stride else unit
+        stride = max(1, numbers.size // _LOOKED)
+        if outputs > stride:
+            few = numbers[:, :, ::stride] / sizes[:, :, ::stride]
+        else:
+            few = numbers[::stride] / sizes[::stride] if stack > stride else numbers / sizes
         flat = (few.swapaxes(1, 2) if weight.transposed else few).reshape(-1)
 
         def taken(factor: float) -> float:
@@ -273,10 +287,12 @@ class _Given:
             else:
                 high = middle
         slope = (taken(2.0 ** (high - 0.2)) - taken(2.0 ** (high + 0.2))) / 0.4
-        factor, peak = 2.0**high, float(np.abs(unit).max())
-        floor = peak / escapes.MOST
+        factor = 2.0**high
+        peaks = np.maximum(numbers.max(axis=1, keepdims=True), -numbers.min(axis=1, keepdims=True)) / sizes
+        floor = float(peaks.max()) / escapes.MOST
         if floor > factor:
-            floor = min((floor / 2 ** (k / 2) for k in range(40)), key=partial(_clipped, unit.reshape(-1)))
+            lost = partial(_clipped, (numbers / sizes).reshape(-1))
+            floor = min((floor / 2 ** (k / 2) for k in range(40)), key=lost)
         return max(factor, floor), max(slope, 0.3), floor
 
 

@@ -241,8 +241,8 @@ class Lattice:
             return self.round(factor)
         if self._hq is None:
             self._hq = _times(self._curvature, self._q)
-        self._factor, moment = factor, self._curvature.moment
-        self._q, self._hq = _sweep(self._pull() / factor, self._q, self._hq, moment, self._most)
+        self._factor = factor
+        _sweep(self._pull(), factor, self._q, self._hq, self._curvature.moment, self._most)
         return None
 
     def _pull(self) -> Array:
@@ -329,7 +329,7 @@ def _swept(
         if curvature.plain:
             q = hq = _nearest(w / scale[:, None, :], half)
         else:
-            q, hq = _sweep(hw / scale[:, None, :], q, hq, curvature.moment, half)
+            _sweep(hw, scale[:, None, :], q, hq, curvature.moment, half)
         over, under = (_joined(xp.sum(q * x, axis=1), parts) for x in (hw, hq))
         scale = ratio(over, under, scale)
     step = scale[:, None, :]
@@ -372,32 +372,27 @@ def _feedback(w: Array, feedback: Array, half: float) -> tuple[Array, Array]:
     return q, missed
 
 
-def _sweep(hw: Array, q: Array, hq: Array, moment: Array, half: float) -> tuple[Array, Array]:
+def _sweep(hw: Array, scale: Array | float, q: Array, hq: Array, moment: Array, half: float) -> None:
     """Move every entry once to the level that is best with all others fixed (coordinate descent).
 
     Parameters
     ----------
     hw : array of shape (stack, inputs, columns)
-        ``H w``, in units of the step.
-    q, hq : array of the same shape
-        The levels, and ``H q``.
+        ``H w``.
+    scale : array of shape (stack, 1, columns), or float
+    q, hq : array of the same shape as ``hw``
+        The levels, and ``H q``: changed in place, for both are large.
     moment : array of shape (stack, inputs, inputs)
         H.
     half : float
-
-    Returns
-    -------
-    array, array
-        The levels, and ``H q`` of these.
     """
     xp = arrays.namespace(q)
     low, high = _bounds(q, half)
-    q, hq = q + 0.0, hq + 0.0
     diagonal = xp.linalg.diagonal(moment)[:, :, None]
     inputs = q.shape[1]
     for i in range(0, inputs, _BLOCK):
         j = min(i + _BLOCK, inputs)
-        pull = hw[:, i:j, :] - hq[:, i:j, :]
+        pull = hw[:, i:j, :] / scale - hq[:, i:j, :]
         before = q[:, i:j, :] + 0.0
         inner = moment[:, i:j, i:j, None]
         for r in range(j - i):
@@ -408,7 +403,6 @@ def _sweep(hw: Array, q: Array, hq: Array, moment: Array, half: float) -> tuple[
             if i + r + 1 < j:
                 pull[:, r + 1 :, :] -= inner[:, r, r + 1 :, :] * (row - old)[:, None, :]
         hq += moment[:, :, i:j] @ (q[:, i:j, :] - before)
-    return q, hq
 
 
 def _bounds(like: Array, half: float) -> tuple[Array, Array]:
