@@ -266,17 +266,19 @@ def operations(
     return Operations(whole, before, math.floor(before / asked), dense, workshop.macs)
 
 
-def refuse_growth(model: Model, nbytes: int) -> None:
-    """Refuse a result (of a plan edited by hand) that is larger than the original."""
+def refuse(plan: Plan, model: Model, nbytes: int) -> None:
+    """Refuse a result (of a plan edited by hand) that is larger than the original, or than its budget.
+
+    Raises
+    ------
+    TargetError, PlanError
+        The first, the second.
+    """
     if nbytes >= model.nbytes:
         raise TargetError(
             f"Nothing to gain: the result would have {nbytes:,} bytes "
             f"and the model has {model.nbytes:,}; change the plan."
         )
-
-
-def refuse_excess(plan: Plan, nbytes: int) -> None:
-    """Refuse a plan (edited by hand) whose choices take more than the budget that it names."""
     if plan.budget is not None and nbytes > plan.budget:
         raise PlanError(
             f"The plan's choices give {nbytes:,} bytes and its budget is {plan.budget:,}; raise the budget "

@@ -98,7 +98,7 @@ class Workshop:
 
         Raises
         ------
-        MethodError
+        UsageError
             What the weights see holds a value that is not a number.
         """
         items = [[self.weights[n] for n in group] for group in self._items() if not self._is_solved(group)]

@@ -395,16 +395,14 @@ class Job:
 
         def check(at: Path) -> None:
             nbytes = sum(p.stat().st_size for p in at.parent.iterdir())
-            budgets.refuse_growth(self.original, nbytes)
-            budgets.refuse_excess(made, nbytes)
+            budgets.refuse(made, self.original, nbytes)
             self.encoder.progress("verifying", 0, 1, "")
             with _clock(self.seconds, "verifying"):
                 checked.append(verified(self.original, given, at, self.held_out))
 
         if dry_run:
             nbytes = model_file.output_size(result, target=path)
-            budgets.refuse_growth(self.original, nbytes)
-            budgets.refuse_excess(made, nbytes)
+            budgets.refuse(made, self.original, nbytes)
             file = File(None if path is None else str(path), "", nbytes)
             out: Any = None
         elif path is not None:

@@ -101,12 +101,25 @@ class Network:
         return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
-        """Return a function that gives the scores of the classes, where the network has one such output."""
+        """Return a function that gives the scores of the classes, where the network has one such output.
+
+        Of sequences and of maps, the mean over all places: (samples, places, classes) and (samples, classes,
+        height, width).
+        """
         watched = before_softmax(self.proto.graph)
         if len(watched) != 1:
             return None
         run = self._runs(watched)
-        return lambda feed: run(feed)[watched[0]]
+
+        def scores(feed: Mapping[str, Array]) -> Array:
+            given = run(feed)[watched[0]]
+            return (
+                given
+                if given.ndim < 3
+                else given.mean(axis=1 if given.ndim == 3 else tuple(range(2, given.ndim)))
+            )
+
+        return scores
 
     def responses(self) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
         """Return a function that gives all floating-point outputs."""

@@ -16,8 +16,10 @@ from onnxdp.network import Changes, Network, types_of
 from onnxdp.probes import Probes
 from onnxdp.records import Array
 
-HELD = 96_000_000
+HELD = 160_000_000
 """Bytes of the tensors alive at one place, of all probes, up to which a stream holds them."""
+SHOWN = 96
+"""Samples of which tensors are looked at where they are not held: so large ones have many places each."""
 SECTIONS = 6
 """Pieces that the rest of a network is run in: the first takes weights as inputs, the others hold theirs."""
 
@@ -39,6 +41,7 @@ class Stream:
     def __init__(self, network: Network, probes: Probes, cap: int = HELD) -> None:
         self._network = network
         self._given = probes.feeds
+        self._batch = probes.batch
         self._cap = cap
         self._changes: Changes = {}
         self._restart()
@@ -54,6 +57,12 @@ class Stream:
     def feeds(self) -> int:
         """Number of feeds that run side by side."""
         return len(self._given)
+
+    @property
+    def shown(self) -> range:
+        """The feeds to look at here: all, or some where each would have to be run again from far behind."""
+        again = self._ahead is not None
+        return range(0, self.feeds, max(1, self.feeds * self._batch // SHOWN) if again else 1)
 
     @property
     def place(self) -> int:

@@ -32,6 +32,8 @@ _FEW = (3e10, 24, 768)
 """Multiply-accumulates to spend on one pass over the probes, least and most of them ..."""
 _MANY = (2.4e11, 128, 384)
 """... and where every weight is rounded on what they show it ..."""
+_PASSED = 10
+"""What a number that a node puts out counts: where many nodes do little with much, products are not all."""
 _DENSE, _TIMES = 96, 4
 """... but no more than this, or so many times what gives all weights their rows: sound has many places."""
 
@@ -65,7 +67,7 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     most = min(most, max(_DENSE, _TIMES * max(_needed(w) for w in found.weights)))
-    usual = int(np.clip(work / max(macs, 1), min(least, most), most)) // 8 * 8
+    usual = int(np.clip(work / max(macs + _passed(network, found), 1), min(least, most), most)) // 8 * 8
     widest = max((4 * w.positions * w.groups * w.outputs for w in found.weights), default=0)
     batch = min(probes.BATCH, max(1, FED // max(widest, 1)))
     asked, steady = macs <= COSTLY, macs <= STEADY
@@ -74,6 +76,12 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     )
     made = made.rebatch(batch) if batch < made.batch else made
     return found, made if settings.inputs is not None else _carried(made, network)
+
+
+def _passed(network: Network, found: Found) -> float:
+    """Return what it counts that all nodes pass on one sample, if each did as the weights' readers do."""
+    numbers = sum(w.positions * w.groups * w.outputs for w in found.weights)
+    return _PASSED * numbers * len(network.proto.graph.node) / max(len(found.weights), 1)
 
 
 def _needed(weight: Weight) -> int:

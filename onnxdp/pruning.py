@@ -253,8 +253,7 @@ class Pruner:
         tap = stats.single_tap(self._found, weight)
         assert tap is not None
         stream.advance(self._place(name), {})
-        count = -(-stats.rows_wanted(weight) // stream.feeds)
-        x = stats.sampled(stream, weight, tap, count, self._seed)[0]
+        x = stats.sampled(stream, weight, tap, stats.rows_wanted(weight), self._seed)[0]
         mean = x.mean(axis=0, dtype=np.float64) if self._centred(name) else np.zeros(x.shape[1])
         x -= mean.astype(np.float32)
         x /= np.float32(len(x) ** 0.5)

@@ -92,23 +92,23 @@ def gather(
     rows: dict[str, list[Array]] = {}
     for place, weight, tap in sorted(places, key=lambda p: p[0]):
         stream.advance(place, {})
-        count = math.ceil(rows_wanted(weight) / stream.feeds / counts[weight.name])
+        count = math.ceil(rows_wanted(weight) / counts[weight.name])
         rows.setdefault(weight.name, []).append(sampled(stream, weight, tap, count, seed))
     return {w.name: _seen(rows.pop(w.name), can_centre(found, w)) for w in chosen if w.name in rows}
 
 
 def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> Array:
-    """Return at most ``count`` rows of every feed that a weight sees where a stream is halted.
+    """Return about ``count`` rows, of all feeds that a stream shows, that a weight sees where it is halted.
 
     Returns
     -------
     ndarray of shape (groups, rows, inputs), float32
     """
-    rows = None
-    for number in range(stream.feeds):
+    rows, shown = None, stream.shown
+    for done, number in enumerate(shown):
         x = stream.tensor(number, tap.source)
-        piece = tap.sample(weight, x, count, np.random.default_rng((seed, number)))
-        rows = filled(rows, number, stream.feeds, piece)
+        piece = tap.sample(weight, x, -(-count // len(shown)), np.random.default_rng((seed, number)))
+        rows = filled(rows, done, len(shown), piece)
     assert rows is not None
     return rows
 

@@ -91,8 +91,9 @@ class DropChannels(ir.passes.InPlacePass):
             array[place] -= gone * span.repeat
             _put(node, 1, array, paper)
         for value, span in chain.spans.items():
-            size = None if value is None or value.shape is None else value.shape[span.axis]
-            if isinstance(size, int) and value is not None and value.shape is not None:
+            if value is None or value.type is None or value.shape is None:
+                continue  # constants have no type of their own, but onnx-ir gives them a shape
+            if isinstance(size := value.shape[span.axis], int):
                 dims = list(value.shape)
                 dims[span.axis] = size - gone * span.repeat
                 value.shape = ir.Shape(dims)

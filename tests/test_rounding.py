@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnxdp import arrays
-from onnxdp.errors import MethodError
+from onnxdp.errors import UsageError
 from onnxdp.methods import rounding
 from onnxdp.methods.rounding import Curvature, round_weights
 
@@ -332,7 +332,7 @@ def test_the_factor_of_the_moment_is_one():
 def test_a_moment_without_a_factor_is_refused(wrong):
     _, moment = problem(5)
     moment[0, 2, 2] = wrong
-    with pytest.raises(MethodError, match="not a number"):
+    with pytest.raises(UsageError, match="not a number"):
         curved(moment)
 
 

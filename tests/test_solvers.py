@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxdp import arrays
-from onnxdp.errors import MethodError
+from onnxdp.errors import MethodError, UsageError
 from onnxdp.methods import linear, solvers
 from onnxdp.methods.solvers import Moment
 
@@ -351,9 +351,9 @@ def test_repeated_atoms_are_refitted_by_the_least_codes():
 def test_broken_numbers_are_refused():
     w = matrix(5, 4)
     w[1, 1] = np.nan
-    with pytest.raises(MethodError, match="holds NaN or infinity"):
+    with pytest.raises(UsageError, match="holds NaN or infinity"):
         solvers.exact(w)
-    with pytest.raises(MethodError, match="not positive definite even with a ridge of 1 %"):
+    with pytest.raises(UsageError, match="not positive definite even with a ridge of 1 %"):
         linear.cholesky(-np.eye(3))
 
 

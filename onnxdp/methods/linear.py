@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from onnxdp.arrays import Array, double, eye, namespace, normal, try_cholesky, zeros
-from onnxdp.errors import MethodError
+from onnxdp.errors import UsageError
 
 Rows: TypeAlias = Callable[[slice], Array]
 """A matrix given by its rows, for one too large to be held twice."""
@@ -66,12 +66,12 @@ def spectrum(gram: Array, rank: int | None = None) -> tuple[Array, Array]:
 
     Raises
     ------
-    MethodError
+    UsageError
         If the matrix holds NaN or infinity.
     """
     xp = namespace(gram)
     if not bool(xp.all(xp.isfinite(gram))):
-        raise MethodError(
+        raise UsageError(
             "a Gram matrix holds NaN or infinity, so nothing can be solved; check weights and inputs."
         )
     if rank is not None and gram.shape[-1] >= _KRYLOV_SIDE and rank <= gram.shape[-1] // _KRYLOV_SHARE:
@@ -119,7 +119,7 @@ def cholesky(h: Array) -> Array:
 
     Raises
     ------
-    MethodError
+    UsageError
         If a ridge of a hundredth of the mean diagonal is not enough.
     """
     factor = try_cholesky(h)
@@ -132,7 +132,7 @@ def cholesky(h: Array) -> Array:
         factor = try_cholesky(h + (10.0**exponent * mean or 1.0) * eye(h.shape[-1], h))
         if factor is not None:
             return factor
-    raise MethodError(
+    raise UsageError(
         f"a second moment of size {h.shape[-1]} is not positive definite even with a ridge of 1 % of its "
         "diagonal, so its numbers are broken; check the inputs for NaN and infinity."
     )

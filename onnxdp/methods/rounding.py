@@ -16,7 +16,7 @@ from typing import Any
 
 from onnxdp import arrays
 from onnxdp.arrays import Array
-from onnxdp.errors import MethodError
+from onnxdp.errors import UsageError
 
 _BLOCK = 48
 """Rows that are rounded one by one before the rest is told by one matrix product."""
@@ -59,12 +59,12 @@ class Curvature:
 
         Raises
         ------
-        MethodError
+        UsageError
             ``moment`` holds a value that is not a number, or beyond all bounds.
         """
         xp = arrays.namespace(moment)
         if not bool(xp.all(xp.isfinite(moment))):
-            raise MethodError(
+            raise UsageError(
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
             )

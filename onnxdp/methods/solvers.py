@@ -151,7 +151,7 @@ def exact(w: Array, moment: Moment | None = None, *, rank: int | None = None) ->
 
     Raises
     ------
-    MethodError
+    UsageError
         If H has no Cholesky factor even with a ridge.
 
     References
