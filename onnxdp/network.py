@@ -113,11 +113,8 @@ class Network:
 
         def scores(feed: Mapping[str, Array]) -> Array:
             given = run(feed)[watched[0]]
-            return (
-                given
-                if given.ndim < 3
-                else given.mean(axis=1 if given.ndim == 3 else tuple(range(2, given.ndim)))
-            )
+            places = (1,) if given.ndim == 3 else tuple(range(2, given.ndim))
+            return given.mean(axis=places) if places else given
 
         return scores
 

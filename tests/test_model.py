@@ -523,6 +523,19 @@ def test_write_leaves_only_its_outputs_and_is_deterministic(tmp_path: Path) -> N
     onnx.checker.check_model(tmp_path / "a" / "out.onnx", full_check=True)
 
 
+@given(sizes=st.lists(st.integers(256, 1 << 16), min_size=1, max_size=4), noted=st.booleans())
+@example(sizes=[(1 << 21) // 4, (1 << 14) // 4 - 8], noted=True)
+def test_bytes_are_counted_without_the_numbers(sizes: list[int], noted: bool) -> None:
+    """Lengths take one byte more from 2^7, 2^14 and 2^21 on, in the tensor, in the graph and in the model."""
+    proto = tiny(**{f"W{k}": np.ones(n, np.float32) for k, n in enumerate(sizes)})
+    proto.graph.initializer[-1].doc_string = "told" if noted else ""
+    model = room.read(proto)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft, "_LARGE", 1024)
+        counted = room.output_size(model)
+    assert counted == room.serialize(model).ByteSize()
+
+
 def test_inline_stays_inline_and_large_goes_external(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = room.read(tiny())
     file = room.write(model, tmp_path / "in.onnx")
