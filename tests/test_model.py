@@ -525,6 +525,7 @@ def test_write_leaves_only_its_outputs_and_is_deterministic(tmp_path: Path) -> N
 
 @given(sizes=st.lists(st.integers(256, 1 << 16), min_size=1, max_size=4), noted=st.booleans())
 @example(sizes=[(1 << 21) // 4, (1 << 14) // 4 - 8], noted=True)
+@settings(max_examples=40, deadline=None)
 def test_bytes_are_counted_without_the_numbers(sizes: list[int], noted: bool) -> None:
     """Lengths take one byte more from 2^7, 2^14 and 2^21 on, in the tensor, in the graph and in the model."""
     proto = tiny(**{f"W{k}": np.ones(n, np.float32) for k, n in enumerate(sizes)})
