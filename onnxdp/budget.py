@@ -76,8 +76,14 @@ class Budget:
                 f"the best reachable is {reached:,} bytes ({self.rewriter.model.nbytes / reached:.2f}x); "
                 f"ask for that (--size {reached}) or less."
             )
-        fitting = self._fitting(self._room(reached))
-        return self.search.smallest() if fitting is None else self._filled(self._checked(*fitting))
+        tried = []
+        for number, _ in enumerate(self.search.ways_to_share()):
+            reached = self.rewriter.size(self.search.smallest()) if number else reached
+            if reached <= self.nbytes:
+                fitting = self._fitting(self._room(reached))
+                found = self.search.smallest() if fitting is None else self._filled(self._checked(*fitting))
+                tried.append(found)
+        return tried[0] if len(tried) == 1 else min(tried, key=lambda c: self.search.together(c)[0])
 
     def closest(self, reached: int) -> Choice:
         """Return the choice of least foreseen damage that fits, the smallest where none does."""
@@ -143,14 +149,11 @@ class Budget:
         return near(self.nbytes, NEARLY) if fills else near(self.nbytes)
 
     def _checked(self, choice: Choice, room: int) -> Choice:
-        """Return the choice, or it without sharing, or repaired, where that is better as a whole and fits."""
+        """Return the choice, or it repaired, where that is better as a whole and fits."""
         if self.search.workshop.sequential:
             return choice if self.encode is None else self._reweighed(choice, room, self.encode)
-        for better in (self.search.unless_alone_is_better, self.search.repaired):
-            other = better(choice, room)
-            if other is choice or self.rewriter.size(other) <= self.nbytes:
-                choice = other
-        return choice
+        other = self.search.repaired(choice, room)
+        return other if other is choice or self.rewriter.size(other) <= self.nbytes else choice
 
     def _reweighed(self, choice: Choice, room: int, encode: Encode) -> Choice:
         """Return the choice, or the one made with every change weighed within the whole, if it is better."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -82,6 +82,7 @@ class Search:
     """Weights that some candidate makes smaller, whether it may still be taken or not."""
     _spare: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     _scanned: bool = False
+    _wholes: dict[frozenset[Named], tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -280,7 +281,10 @@ class Search:
         """Return (damage, relative output error) of a choice as a whole, measured."""
         if self.meter is None:
             return choice.damage, choice.damage**0.5
-        return self.measured(self.workshop.encode(choice.candidates.values()))
+        key = frozenset(c.named for c in choice.candidates.values())
+        if key not in self._wholes:
+            self._wholes[key] = self.measured(self.workshop.encode(choice.candidates.values()))
+        return self._wholes[key]
 
     def measured(
         self, encoded: Sequence[Encoded], shifts: Mapping[str, Array] | None = None
@@ -289,24 +293,22 @@ class Search:
         assert self.meter is not None
         return self.meter.together(self.workshop.fed(self.meter.network, encoded, shifts))
 
-    def unless_alone_is_better(self, choice: Choice, budget: int) -> Choice:
-        """Return the choice, or the one without shared arrays where that does less damage as a whole."""
-        if self.workshop.sharing_is_asked or all(
-            "dictionary" not in c.params for c in choice.candidates.values()
-        ):
-            return choice
-        with_sharing = [item.together for item in self.items]
-        for item in self.items:
-            item.together = ()
-        try:
-            other = self.within(budget)
-        except TargetError:
-            other = choice
-        if self.together(other)[0] < self.together(choice)[0]:
-            return other
-        for item, together in zip(self.items, with_sharing, strict=True):
-            item.together = together
-        return choice
+    def ways_to_share(self) -> Iterator[None]:
+        """Turn to each way of sharing in turn: what pays by itself; nothing; all there can be.
+
+        What shares is chosen group by group, and what all of it does together is not the sum of that. Each
+        way starts from the damages that were measured alone, and from nothing else.
+        """
+        several = not self.workshop.sharing_is_asked and any(item.together for item in self.items)
+        untouched = [replace(item, alone=dict(item.alone)) for item in self.items] if several else []
+        yield
+        if not several:
+            return
+        mixed = self.items, self.curves, self._spare
+        for other in ([replace(i, together=()) for i in untouched], [_sharing(i) for i in untouched]):
+            self.items, self.curves, self._spare, self._scanned = other, {}, {}, False
+            yield
+        (self.items, self.curves, self._spare), self._scanned = mixed, True
 
     def reweighed(self, choice: Choice, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> bool:
         """Weigh every change within the encoded whole; returns whether there was anything to weigh.
@@ -400,6 +402,14 @@ class Search:
         own = {n: options for item in self.items for n, options in item.alone.items()}
         least = {n: min(options[1:] or options, key=lambda c: c.error) for n, options in own.items()}
         return self.together(Choice(least, 0, 0.0))[1]
+
+
+def _sharing(item: Item) -> Item:
+    """Return an item without what its weights may become alone in the way in which they could share."""
+    methods = {c.method for option in item.together for c in option}
+    return replace(
+        item, alone={n: tuple(c for c in own if c.method not in methods) for n, own in item.alone.items()}
+    )
 
 
 def _late(workshop: Workshop, meter: Meter | None) -> dict[str, float]:

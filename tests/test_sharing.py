@@ -1,8 +1,10 @@
 """One dictionary for several weights: what each keeps of itself."""
 
+import builders
 import numpy as np
 import pytest
 
+import onnxdp
 from onnxdp.methods.sharing import project
 from onnxdp.methods.solvers import Moment, error, exact, refit_codes
 
@@ -49,3 +51,16 @@ def test_a_weights_own_optimal_dictionary_loses_what_the_spectrum_says(case):
         want = factored.tail(rank).sum() / factored.total.sum()
         assert abs(seen.error(rank) ** 2 - want) <= floor
     assert float(error(w[0], atoms[0] @ codes[0])) < floor**0.5
+
+
+def test_automatic_sharing_is_never_worse_than_either():
+    """Measured as a whole; to the rounding of an error between sessions of other files (float32)."""
+    proto = builders.build("googlenet", small=True)
+    reports = [
+        onnxdp.compress(proto, method="dp", ratio=2.6, shared=shared, refit=False)[1]
+        for shared in (None, True, False)
+    ]
+    sharing = [sum("dictionary" in c.params for c in r.plan.choices) for r in reports]
+    assert sharing[1] > sharing[2] == 0
+    errors = [r.verification.error for r in reports]
+    assert errors[0] <= min(errors[1:]) * (1 + 64 * np.finfo(np.float32).eps)
