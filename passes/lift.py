@@ -76,4 +76,4 @@ def store(value: ir.Value, array: Array) -> None:
         node.attributes["value"] = ir.AttrTensor("value", tensor)
     if node is None or value.const_value is not None:
         value.const_value = tensor
-    value.shape = ir.Shape(tensor.shape.numpy())
+    value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
