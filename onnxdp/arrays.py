@@ -162,8 +162,8 @@ def side_by_side(work: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
         yield from pool.map(work, parts)
 
 
-def pieces(rows: int, columns: int, many: int) -> list[slice]:
-    """Cut columns in two where they are ``many``, in more where a matrix is large.
+def pieces(columns: int, many: int, *, rows: int = 1) -> list[slice]:
+    """Cut columns in two where they are ``many``, in more where a matrix of so many rows is large.
 
     Whatever the threads are: these change no bit.
     """

@@ -305,7 +305,7 @@ class Search:
         if not several:
             return
         mixed = self.items, self.curves, self._spare
-        for other in ([replace(i, together=()) for i in untouched], [_sharing(i) for i in untouched]):
+        for other in ([replace(i, together=()) for i in untouched], [i.sharing() for i in untouched]):
             self.items, self.curves, self._spare, self._scanned = other, {}, {}, False
             yield
         (self.items, self.curves, self._spare), self._scanned = mixed, True
@@ -402,14 +402,6 @@ class Search:
         own = {n: options for item in self.items for n, options in item.alone.items()}
         least = {n: min(options[1:] or options, key=lambda c: c.error) for n, options in own.items()}
         return self.together(Choice(least, 0, 0.0))[1]
-
-
-def _sharing(item: Item) -> Item:
-    """Return an item without what its weights may become alone in the way in which they could share."""
-    methods = {c.method for option in item.together for c in option}
-    return replace(
-        item, alone={n: tuple(c for c in own if c.method not in methods) for n, own in item.alone.items()}
-    )
 
 
 def _late(workshop: Workshop, meter: Meter | None) -> dict[str, float]:

@@ -206,9 +206,8 @@ class Workshop:
                 for form in self.forms.values():
                     solved = self._solved.get((form.name, group))
                     together += solved.candidates() if solved else []
-            if together and self._settings.shared:
-                alone = {n: tuple(c for c in own if c.method != self._first) for n, own in alone.items()}
-            result.append(Item(group, alone, tuple(together)))
+            item = Item(group, alone, tuple(together))
+            result.append(item.sharing() if self._settings.shared else item)
         return result
 
     def points(self, name: str, *, middle: bool = False) -> list[Candidate]:

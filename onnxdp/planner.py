@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -70,6 +70,12 @@ class Item:
     names: tuple[str, ...]
     alone: dict[str, tuple[Candidate, ...]]
     together: tuple[tuple[Candidate, ...], ...] = ()
+
+    def sharing(self) -> Item:
+        """Return the item without what its weights may become alone in the way in which they could share."""
+        methods = {c.method for option in self.together for c in option}
+        alone = {n: tuple(c for c in own if c.method not in methods) for n, own in self.alone.items()}
+        return replace(self, alone=alone)
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ class Seen:
 
     def gives(self, w: Array) -> Array:
         """Return what the weight puts out, with what is added to it, (groups, rows, outputs)."""
-        parts = [w[..., columns] for columns in arrays.pieces(1, w.shape[-1], _MANY)]
+        parts = [w[..., columns] for columns in arrays.pieces(w.shape[-1], _MANY)]
         out = np.concatenate(list(arrays.side_by_side(self.rows.__matmul__, parts)), axis=-1)
         return out if self.beside is None else out + self.beside
 

@@ -114,7 +114,7 @@ class Problem:
         """
         weight, code = task.weight, code_for(bits)
         bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
-        given = _Given.of(task)
+        given = task.once("given", partial(_Given.of, task))
         lattices = task.once("lattices", partial(self._lattices, task, given, device))
         flat = np.empty(0, np.int8)
 
@@ -232,7 +232,7 @@ class _Given:
         """Look at the weight of a task."""
         host = layout.matrix(task.weight, task.tensor).astype(np.float32, copy=False)
         stack, inputs, outputs = host.shape
-        return cls(host, near_one(host), arrays.pieces(stack * inputs, outputs, _MANY))
+        return cls(host, near_one(host), arrays.pieces(outputs, _MANY, rows=stack * inputs))
 
     @property
     def shape(self) -> tuple[int, ...]:
