@@ -31,7 +31,7 @@ from onnxdp.weights import Found
 
 Group = tuple[str, ...]
 _WIDE = 3000
-"""Inputs of a weight from which its second moment takes tens of megabytes."""
+"""Inputs of a weight from which its second moment, which rounding needs whole, takes tens of megabytes."""
 _LARGE = 8_000_000
 """Numbers of a weight from which it is not solved beside another such."""
 _LIGHT = 400_000_000
@@ -409,7 +409,10 @@ class Workshop:
 
     def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
         form, group = job
-        large = any(self.weights[n].size > _LARGE or self.weights[n].inputs > _WIDE for n in group)
+        large = any(
+            self.weights[n].size > _LARGE or (form.sequential and self.weights[n].inputs > _WIDE)
+            for n in group
+        )
         with self._one_at_a_time if large else nullcontext():  # each needs several times its own memory
             return form.solve([tasks[n] for n in group], self._settings, device=self._device)
 

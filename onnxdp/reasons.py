@@ -9,6 +9,9 @@ from onnxdp.damage import Search
 from onnxdp.planner import Choice
 from onnxdp.records import Candidate, Kept
 
+_MUCH = 1000
+"""Ratio of damages beyond which its number says nothing: the smaller is rounding."""
+
 
 def chosen(search: Search, choice: Choice) -> tuple[Candidate, ...]:
     """Return the candidates that change something, with the damage that is foreseen and the reason."""
@@ -51,8 +54,16 @@ def _why(search: Search, chosen: Candidate) -> str:
     if not small:
         return lead + "no other form is as small"
     best = min(small, key=lambda c: planner.foreseen(c, curves))
-    ratio = planner.foreseen(best, curves) / max(damage, 1e-300)
+    other = planner.foreseen(best, curves)
+    if not damage:
+        beside = f"{other:.2g}" if other else "none either"
+        return f"{lead}does no damage, {best.method} in as many bytes {beside}"
+    ratio = max(other, 1e-300) / damage
     if ratio >= 1:
         alone = "wins on bytes alone: " if share < 1 else ""
-        return f"{lead}{alone}{ratio:.2g} times less damage than {best.method} in as many bytes"
-    return f"{lead}{best.method} in as many bytes does {1 / max(ratio, 1e-300):.2g} times less damage"
+        return f"{lead}{alone}{_times(ratio)} less damage than {best.method} in as many bytes"
+    return f"{lead}{best.method} in as many bytes does {_times(1 / ratio)} less damage"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} times" if ratio < _MUCH else f"over {_MUCH:,} times"

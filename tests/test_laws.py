@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import builders
@@ -409,6 +410,22 @@ def test_a_weight_is_kept_for_the_reason_that_holds():
     assert reasons.pop("Table") == f"{refused}; is stored as float16 already"
     assert reasons.pop("Thin") == "no form of it is smaller"
     assert [*reasons.values()] == ["nothing smaller was worth its damage"]
+
+
+def test_reasons_compare_damages_as_far_as_they_can_be_compared():
+    """A float16 weight beside pairs: both may do none, one may, or both; no ratio to nothing is said."""
+    rng = np.random.default_rng(8)
+    tensors = {"V": low_rank(rng, 64, 64), "W": draw(rng, 64, 64), "U": draw(rng, 64, 64)}
+    proto = model(
+        "a = MatMul(x, V) r = Relu(a) b = MatMul(r, W) s = Relu(b) y = MatMul(s, U)",
+        "float[N,64] x", "float[N,64] y", tensors, opset=17,
+    )  # fmt: skip
+    said = {c.method: c.reason for c in onnxdp.plan(proto, ratio=2.1, method="dp").choices}
+    assert set(said) == {"dp", "float16"}
+    no_pair = "no other form is as small"
+    damage = r"does no damage, dp in as many bytes (\d[\d.e-]*|none either)"
+    ratio = r"(\d\.\d|\d+|over 1,000) times less damage than dp in as many bytes"
+    assert re.fullmatch(f"{no_pair}|{damage}|{ratio}", said["float16"]) and said["dp"] == no_pair
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

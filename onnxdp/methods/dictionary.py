@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -43,7 +44,9 @@ _MAX_FLOPS = 6e10
 _MIN_BLOCK = 8
 """Rows of the smallest block tried: one channel of a 3 x 3 kernel has 9, which pictures hardly fill."""
 _POINTS = (0.75, 0.5, 0.3)
-"""Shares of the float16 bytes whose candidates' damage is measured first: every curve needs a foot."""
+"""Shares of the float16 bytes whose candidates' damage is measured first: every curve needs a foot ..."""
+_AROUND = (1.1, 0.6)
+"""... and these of the share that a target leaves, where it leaves less than all."""
 LANES = 16
 """Channels that ONNX Runtime's kernels take at a time: ranks off this grid run at the next step's cost."""
 MAX_MACS = 0.8
@@ -200,6 +203,7 @@ class _Pairs:
         self._settings = settings
         self._device = device
         self._weights = [t.weight for t in tasks]
+        self._bits = tasks[0].bits
         self._tasks_split = [t.splittable for t in tasks]
         self._layouts = {
             (axis, parts): self._layout(tasks, axis, parts)
@@ -207,14 +211,22 @@ class _Pairs:
         }
 
     def candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        return self._candidates
+
+    @cached_property
+    def _candidates(self) -> list[tuple[Candidate, ...]]:
         return [c for layout in self._layouts.values() for c in self._of_layout(layout)]
+
+    def aim(self, bits: float) -> None:
+        self._bits = bits
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
         candidates = self.candidates()
         whole = sum(2 * w.size for w in self._weights)
+        shares = _POINTS if self._bits >= 16 else [around * self._bits / 16 for around in _AROUND]
         nearest = [
             min(candidates, key=lambda own: abs(sum(c.nbytes for c in own) - share * whole))
-            for share in _POINTS
+            for share in shares
             if candidates
         ]
         return list({id(own): own for own in nearest}.values())

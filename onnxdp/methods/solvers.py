@@ -67,11 +67,12 @@ class Moment:
         return namespace(x).matrix_transpose(x) @ x + self._ridge(x) * eye(x.shape[-1], x)
 
     def _project(self, w: Array) -> Array:
-        """Return X w, (..., s, n) float64."""
-        seen = zeros(self._seen(w), w)
-        for part in chunks(w):
-            seen += double(self.samples[..., :, part]) @ double(w[..., part, :])
-        return seen
+        """Return X w, (..., s, n) float64.
+
+        Factors in float32 are multiplied as such: of what is rounded so the singular values are good to eps32
+        of the first. A Gram matrix formed so would have them good to its root only.
+        """
+        return double(self.samples @ w if self.samples.dtype == w.dtype else self.samples @ double(w))
 
     def _seen(self, w: Array) -> tuple[int, ...]:
         """Return the shape of X w."""
