@@ -35,7 +35,7 @@ def pick(scores: Array, samples: int) -> Array:
     """Choose samples class-balanced and most confident by the network's own answers.
 
     Classes take turns in the order of their number, each giving its most confident sample that is left;
-    ties go to the smaller index.
+    ties go to the smaller index. Of one score there are two classes: above the middle of all, and not.
 
     Parameters
     ----------
@@ -49,7 +49,12 @@ def pick(scores: Array, samples: int) -> Array:
     ndarray of int64, shape (min(n, samples),)
         In the order picked.
     """
-    z = _probabilities(scores)
+    if scores.shape[1] == 1:
+        apart = np.nan_to_num(np.asarray(scores[:, 0], np.float64), posinf=1e30, neginf=-1e30)
+        apart = apart - np.median(apart)
+        z = np.stack([-apart, apart], axis=1)
+    else:
+        z = _probabilities(scores)
     label, confidence = z.argmax(1), z.max(1)
     by_class = np.lexsort((np.arange(len(z)), -confidence, label))
     ordered = label[by_class]

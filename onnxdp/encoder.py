@@ -86,10 +86,11 @@ class Encoder:
         candidates = list(choice.candidates.values())
         plain = self.encoded(candidates, refit=False)
         refit = self._settings.refit
-        if refit is False or (refit is None and self._settings.unweighted):
+        untried = self._settings.unweighted or costly or search.meter is None
+        if refit is False or (refit is None and untried):
             return plain, False
         before, error = search.measured(*plain)
-        if refit is None and (error < REFIT_FROM or costly or search.meter is None):
+        if refit is None and error < REFIT_FROM:
             return plain, False
         refitted = self.encoded(candidates, refit=True)
         after, _ = search.measured(*refitted)

@@ -197,9 +197,13 @@ def test_picks_are_balanced_and_most_confident(scores: Array, samples: int) -> N
     confidence, label = 1 / p.sum(1), p.argmax(1)  # scores that differ by 1e-200 are one probability
     if (scores >= 0).all() and np.allclose(scores.sum(1), 1, atol=1e-2):
         confidence, label = scores.max(1), scores.argmax(1)
-    taken = np.bincount(label[chosen], minlength=scores.shape[1])
-    there = np.bincount(label, minlength=scores.shape[1])
-    for c in range(scores.shape[1]):
+    if scores.shape[1] == 1:  # two classes: above the middle of all, and not
+        apart = scores[:, 0] - np.median(scores)
+        confidence, label = np.abs(apart), (apart > 0).astype(np.int64)
+    classes = max(2, scores.shape[1])
+    taken = np.bincount(label[chosen], minlength=classes)
+    there = np.bincount(label, minlength=classes)
+    for c in range(classes):
         # A class gives one less than the fullest only where it came later in the turn, or has no more.
         assert taken[c] >= min(there[c], taken.max() - 1)
         mine, rest = chosen[label[chosen] == c], np.setdiff1d(np.flatnonzero(label == c), chosen)
