@@ -90,17 +90,19 @@ class Quantized:
 
     def fits(self, weight: Weight, encoded: Encoded) -> bool:
         """Compare shapes with an outline's; the words of a code have to be as many as its digits take."""
-        made, like = encoded.arrays, self.outline(weight, encoded.params).arrays
-        if "scale" not in made or made["scale"].dtype.kind != "f":
+        made = encoded.arrays
+        scale = made.get("scale")
+        if scale is None or scale.dtype.kind != "f" or scale.shape != (layout.columns(weight),):
             return False
         if "bits" not in encoded.params:
+            like = self.outline(weight, encoded.params).arrays
             return {n: a.shape for n, a in made.items()} == {n: a.shape for n, a in like.items()}
         try:
             coded = coded_of(weight, encoded)
         except (ValueError, KeyError, TypeError):
             return False
         roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams)))}
-        return set(made) == roles and made["scale"].shape == like["scale"].shape
+        return set(made) == roles
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
         """Round with care."""
