@@ -23,7 +23,7 @@ from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.planner import Choice, Item, Operations
 from onnxdp.probes import Probes
-from onnxdp.records import Candidate, Made, Plan
+from onnxdp.records import Candidate, Kept, Made, Plan
 from onnxdp.result import Rewriter
 from onnxdp.settings import Settings
 from onnxdp.weights import Found
@@ -302,9 +302,16 @@ def why_nothing(found: Found) -> str:
     """Say why no weight of a model becomes smaller."""
     if not found.kept:
         return "the model has no Conv, Gemm or MatMul weight of 1 kB or more"
-    largest = max(found.kept, key=lambda k: k.nbytes)
-    return (
-        f"of what it holds, {largest.weight} ({largest.nbytes:,} bytes) {largest.reason}"
-        if not found.weights
-        else "its weights are as small as onnxdp can make them"
-    )
+    if found.weights:
+        return "its weights are as small as onnxdp can make them"
+    by_reason: dict[str, list[Kept]] = {}
+    for k in found.kept:
+        by_reason.setdefault(k.reason, []).append(k)
+    alike = max(by_reason.values(), key=_held)
+    largest = max(alike, key=lambda k: k.nbytes)
+    beside = f", the largest of {len(alike)} alike ({_held(alike):,} bytes)," if len(alike) > 1 else ""
+    return f"of what it holds, {largest.weight} ({largest.nbytes:,} bytes){beside} {largest.reason}"
+
+
+def _held(kept: Sequence[Kept]) -> int:
+    return sum(k.nbytes for k in kept)

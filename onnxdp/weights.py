@@ -99,7 +99,12 @@ def find(model: ir.Model) -> Found:
     taken: set[str] = set()
     for value in _constants(model):
         tensor = constant(value)
-        if tensor is None or tensor.dtype not in FLOATS or tensor.nbytes < MIN_BYTES:
+        if tensor is None or tensor.nbytes < MIN_BYTES:
+            continue
+        if tensor.dtype not in FLOATS:
+            if tensor.dtype.is_integer():
+                said = f"holds integers ({tensor.dtype.name.lower()}), quantized already or no weight"
+                kept.append(Kept(_unique(value.name or "constant", taken), said, tensor.nbytes))
             continue
         name = _unique(value.name or "constant", taken)
         readers, refusal = _readers(value)

@@ -412,6 +412,17 @@ def test_a_weight_is_kept_for_the_reason_that_holds():
     assert [*reasons.values()] == ["nothing smaller was worth its damage"]
 
 
+def test_a_model_of_integers_is_said_to_hold_them():
+    rng = np.random.default_rng(8)
+    tables = {f"T{k}": rng.integers(-127, 127, (64, 32 + k), np.int8) for k in range(3)}
+    body = " ".join(f"g{k} = Gather(T{k}, ids) y{k} = Cast<to = 1>(g{k})" for k in range(3))
+    outputs = ", ".join(f"float[N,{32 + k}] y{k}" for k in range(3))
+    proto = model(body, "int64[N] ids", outputs, tables, opset=17)
+    said = r"T2 \(2,176 bytes\), the largest of 3 alike \(6,336 bytes\), holds integers \(int8\)"
+    with pytest.raises(onnxdp.TargetError, match=f"Nothing to gain: of what it holds, {said}"):
+        onnxdp.compress(proto, ratio=2)
+
+
 def test_reasons_compare_damages_as_far_as_they_can_be_compared():
     """A float16 weight beside pairs: both may do none, one may, or both; no ratio to nothing is said."""
     rng = np.random.default_rng(8)
