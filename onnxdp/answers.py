@@ -50,9 +50,9 @@ def pick(scores: Array, samples: int) -> Array:
         In the order picked.
     """
     if scores.shape[1] == 1:
-        apart = np.nan_to_num(np.asarray(scores[:, 0], np.float64), posinf=1e30, neginf=-1e30)
-        apart = apart - np.median(apart)
-        z = np.stack([-apart, apart], axis=1)
+        apart = _finite(scores)
+        apart -= np.median(apart)
+        z = np.concatenate([-apart, apart], axis=1)
     else:
         z = _probabilities(scores)
     label, confidence = z.argmax(1), z.max(1)
@@ -64,8 +64,13 @@ def pick(scores: Array, samples: int) -> Array:
 
 def _probabilities(scores: Array) -> Array:
     """Return rows that add up to 1, float64: a softmax, where the scores are no probabilities already."""
-    z = np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)
+    z = _finite(scores)
     if not ((z >= 0).all() and np.allclose(z.sum(1), 1, atol=1e-2)):
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
+
+
+def _finite(scores: Array) -> Array:
+    """Return the scores in float64, far off where they are beyond all bounds."""
+    return np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)

@@ -101,12 +101,14 @@ def find(model: ir.Model) -> Found:
         tensor = constant(value)
         if tensor is None or tensor.nbytes < MIN_BYTES:
             continue
-        if tensor.dtype not in FLOATS:
-            if tensor.dtype.is_integer():
-                said = f"holds integers ({tensor.dtype.name.lower()}), quantized already or no weight"
-                kept.append(Kept(_unique(value.name or "constant", taken), said, tensor.nbytes))
+        whole = tensor.dtype.is_integer()
+        if not whole and tensor.dtype not in FLOATS:
             continue
         name = _unique(value.name or "constant", taken)
+        if whole:
+            said = f"holds integers ({tensor.dtype.name.lower()}), quantized already or no weight"
+            kept.append(Kept(name, said, tensor.nbytes))
+            continue
         readers, refusal = _readers(value)
         weight = None if refusal else _view(name, tensor, readers, node_names)
         if value.is_graph_input():
