@@ -201,11 +201,18 @@ def layers(opset=17, sizes=(64, 96, 80, 10), scale=1.0):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
 
 
-@pytest.mark.parametrize(("opset", "offered"), [(9, False), (10, True), (17, True)])
+@pytest.mark.parametrize(("opset", "offered"), [(9, False), (10, True)])
 def test_levels_that_an_operator_set_cannot_take_apart_are_not_taken(opset, offered):
     """Below opset 10 one number of 1625 levels takes 16 bits, as float16 does."""
     plan = onnxdp.plan(layers(opset), max_error=0.001)
     assert (1625 in {c.params.get("levels") for c in plan.choices}) == offered
+
+
+def test_many_bits_are_coded_too():
+    """Raw bits below the coded ones: no levels where there are codes."""
+    plan = onnxdp.plan(layers(17), max_error=0.001)
+    assert max(c.params.get("bits", 0) for c in plan.choices) > 8
+    assert not any("levels" in c.params for c in plan.choices)
 
 
 def test_an_error_out_of_reach_names_what_the_mildest_change_gives():

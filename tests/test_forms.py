@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rewriting import FORMS, draw, pair, session
 
-from onnxdp.build import DTYPES, Builder, Paper
+from onnxdp.build import DTYPES, TERSE, Builder, Paper
 from onnxdp.errors import MethodError, PlanError, UsageError
 from onnxdp.methods import form, streams
 from onnxdp.methods.form import Task
@@ -81,8 +81,10 @@ def drawn(method: form.Form, weight: Weight, encoded: Encoded) -> ir.Model:
 def stored_bytes(model: ir.Model, encoded: Encoded) -> int:
     """Bytes of the initializers that are the weight's own, steps as if in float16 where that holds them."""
     held = [t for t in model.graph.initializers.values() if t.dtype != ir.DataType.INT64]
-    own = [t for t in held if t.name.startswith("W.") or t.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)]
-    structure = {t.dtype for t in held} - {t.dtype for t in own}
+    own = [t for t in held if t.name.startswith("W.") or t.name == f"{TERSE}.vectors"]
+    tables = [t.const_value.nbytes for t in held if t not in own and t.dtype == ir.DataType.FLOAT]
+    assert sum(tables) <= 64  # what four raw bits stand for
+    structure = {t.dtype for t in held} - {t.dtype for t in own} - {ir.DataType.FLOAT}
     assert structure <= {ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.UINT32}
     alone = {f"W.{role}": a.nbytes for role, a in encoded.arrays.items() if role.endswith("scale")}
     wide = [alone[t.name] for t in own if t.const_value.nbytes == 2 * alone.get(t.name, -1)]

@@ -485,7 +485,7 @@ def part_of(
 
 def value_of(part: Part) -> np.ndarray:
     if isinstance(part.words, Coded):
-        integers = part.words.integers()
+        integers = part.words.numbers()
     else:
         integers = wanted(part.code.levels, part.code.unpack(part.words, part.weight.size))
     return integers.astype(np.float32).reshape(part.stored) * part.steps

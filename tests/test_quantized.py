@@ -397,7 +397,7 @@ NO_LEVELS = [{"levels": n} for n in (0, 1, 8, 300, -3, 2.5, "x", "5")] + [
     {"levels": 5, "atoms": 3},
     {"levels": 23, "dim": 2},
     {"levels": 5, "bits": 2.0},
-    *({"bits": b} for b in (0, 0.25, 2.1, 6.125, -2.0, "x", "2")),
+    *({"bits": b} for b in (0, 0.25, 2.1, 12.125, -2.0, "x", "2")),
 ]
 
 

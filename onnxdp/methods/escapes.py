@@ -1,10 +1,13 @@
-"""Integers up to 126 as streams of digits, frequent ones in few bits, and the operators that undo it.
+"""Integers as streams of digits, frequent ones in few bits, and the operators that undo it.
 
-Integers are put in a row, 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream of L levels names one of
-the first L - 1 that the streams before it left over, or escapes: then the next stream says what stands there.
-The last stream has no escape. Where most integers are zero, the first stream tells of a run of them at once
-whether there is anything else. Trained weights crowd at zero and reach far, so that this takes up to a third
-fewer bits than digits of one size, for the same error.
+Integers up to 126 are put in a row, 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream of L levels
+names one of the first L - 1 that the streams before it left over, or escapes: then the next stream says what
+stands there. The last stream has no escape. Where most integers are zero, the first stream tells of a run of
+them at once whether there is anything else. Trained weights crowd at zero and reach far, so that it takes up
+to a third fewer bits than digits of one size, for the same error.
+
+Where steps are small, the lowest bits are as good as even: an integer is 2^k h + l, with h coded like this
+and l, -2^(k-1) .. 2^(k-1) - 1, in k raw bits, a stream of its own. What is drawn is h + l / 2^k, in float32.
 
 Decoding is a chain of ordinary operators, all of which ONNX Runtime folds:
 
@@ -38,7 +41,7 @@ from onnxdp.methods.packing import Grid, Packing
 from onnxdp.records import Array
 
 MOST = 126
-"""Largest magnitude of an integer; 127 stands for an escape."""
+"""Largest magnitude of what is coded; 127 stands for an escape."""
 _ESCAPE = 127
 SINCE = 11
 """Operator set from which there is ScatterElements."""
@@ -52,36 +55,57 @@ _WHOLE = 24
 """Integers that are whole runs of every code."""
 _MIXED = 0.35
 """Deviation of the logarithm of the sizes that normal numbers are mixed of, to be like weights."""
+_BYTE = 8
+"""Raw bits that are stored as they are."""
 _DRAWN = 120
 """Bytes of the operators that decode one stream, about."""
 
 
 class Code(NamedTuple):
-    """``run`` integers that a digit of the first stream tells of; levels of the streams."""
+    """``run`` integers that a digit of the first stream tells of; levels of the streams; raw bits below."""
 
     run: int
     levels: tuple[int, ...]
+    raw: int = 0
+
+    @property
+    def most(self) -> int:
+        """Largest magnitude of an integer."""
+        return MOST << self.raw
+
+    @property
+    def kind(self) -> type[np.signedinteger]:
+        """Type that integers are held in: int8 or int16."""
+        return np.int16 if self.raw else np.int8
+
+    @property
+    def unit(self) -> float:
+        """What integers are multiplied by: their coded part has steps of 1."""
+        return 2.0**-self.raw
 
 
 _LAST = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255)
 """Levels that a last stream may have: the most for each number of digits that a word holds."""
+_CODED = (
+    (2.25, (2, 3, 3, 7, 255)),
+    (2.75, (4, 3, 3, 9, 255)),
+    (3.25, (4, 4, 4, 9, 255)),
+    (3.5, (6, 4, 4, 11, 255)),
+    (4.0, (9, 9, 9, 16, 255)),
+)
 CODES = (
     (0.5, Code(8, (2, 2, 2, 2, 3, 255))),
     (0.875, Code(4, (2, 2, 2, 2, 3, 255))),
     (1.375, Code(3, (2, 2, 3, 3, 6, 255))),
-    (2.25, Code(1, (2, 3, 3, 7, 255))),
-    (2.75, Code(1, (4, 3, 3, 9, 255))),
-    (3.25, Code(1, (4, 4, 4, 9, 255))),
-    (3.75, Code(1, (6, 4, 4, 11, 255))),
-    (4.5, Code(1, (9, 9, 9, 16, 255))),
-    (5.25, Code(1, (16, 16, 16, 40, 255))),
-    (5.5, Code(1, (23, 23, 23, 40, 255))),
-    (6.0, Code(1, (40, 23, 23, 40, 255))),
+    *((most + raw, Code(1, levels, raw)) for raw in (0, 2, 4) for most, levels in _CODED),
+    (8.75, Code(1, (16, 16, 16, 40, 255), 4)),
+    (9.5, Code(1, (23, 23, 23, 40, 255), 4)),
+    *((most + 8, Code(1, levels, 8)) for most, levels in _CODED),
 )
 """Codes, each with the most bits of an integer that it is for.
 
-On weights of two networks each is within 1 % of the best code of up to five streams. That takes .1 bits more
-than the entropy from 1.75 to 2.75 bits, twice that around, and .3 at 6.
+On weights of four networks each is within .05 bits of the best code of up to five streams. That takes .1 bits
+more than the entropy from 1.75 to 2.75 bits, twice that around; raw bits bring a number of many bits there.
 """
 
 
@@ -96,26 +120,30 @@ class Coded:
         Digits of each.
     size : int
         Number of integers; the first stream may tell of some more, zeros.
+    low : ndarray of shape (size,), uint8
+        Raw bits; none, (0,), of a code without.
     """
 
     code: Code
     streams: tuple[Array, ...]
     size: int
+    low: Array
 
     @classmethod
     def of(cls, integers: Array, code: Code) -> Coded:
-        """Write integers (size,), int8, -126 .. 126, in a code, cut off where the rest is a few bytes."""
-        told, ranks = _apart(integers, code.run)
+        """Write integers (size,), int8 or int16, in a code, cut off where the rest is a few bytes."""
+        high, low = _halves(integers, code.raw)
+        told, ranks = _apart(high, code.run)
         streams = [] if told is None else [told.astype(np.uint8)]
         if not ranks.size:
-            return cls(Code(code.run, code.levels[:1]), tuple(streams), integers.size)
+            return cls(code._replace(levels=code.levels[:1]), tuple(streams), integers.size, low)
         _, code = _cut(code, _tally(ranks))
         levels = code.levels[len(streams) :]
         for left, count in zip(range(len(levels) - 1, -1, -1), levels, strict=True):
             streams.append(np.minimum(ranks, count - 1).astype(np.uint8))
             if left:
                 ranks = ranks[ranks >= count - 1] - np.uint8(count - 1)
-        return cls(code, tuple(streams), integers.size)
+        return cls(code, tuple(streams), integers.size, low)
 
     @classmethod
     def unpacked(cls, code: Code, words: Sequence[Array], size: int) -> Coded:
@@ -127,25 +155,23 @@ class Coded:
             They are not words of that code, or of another number of integers.
         """
         streams: list[Array] = []
-        count = -(-size // code.run)
+        low, count = np.empty(0, np.uint8), -(-size // code.run)
+        if code.raw:
+            *words, held = words
+            low = _raw_of(held, code.raw, size)
         for k, (levels, held) in enumerate(zip(code.levels, words, strict=True)):
-            packed = Packing.best(levels, count, SINCE, streamed=True)
-            if held.dtype != packed.word or held.shape != (-(-count // packed.digits),):
-                raise ValueError(f"Stream {k} is not {count} digits of {levels} levels.")
-            digits = packed.unpack(held, count)
+            digits = _unpacked(held, levels, count)
             streams.append(digits)
             count = int(np.count_nonzero(digits == levels - 1)) * (1 if k else code.run)
-        return cls(code, tuple(streams), size)
+        return cls(code, tuple(streams), size, low)
 
     def words(self) -> tuple[Array, ...]:
-        """Pack each stream into words."""
-        return tuple(
-            Packing.best(n, s.size, SINCE, streamed=True).pack(s)
-            for n, s in zip(self.code.levels, self.streams, strict=True)
-        )
+        """Pack each stream into words; raw bits are the last."""
+        words = [_packed(n, s) for n, s in zip(self.code.levels, self.streams, strict=True)]
+        return (*words, _raw_words(self.low, self.code.raw)) if self.code.raw else tuple(words)
 
     def integers(self) -> Array:
-        """Give the integers back, (size,) int8."""
+        """Give the integers back, (size,) int8 or int16."""
         value: Array | None = None
         for k in range(len(self.streams) - 1, -1, -1):
             digits = _grid(self.code, k).values[self.streams[k]]
@@ -155,26 +181,37 @@ class Coded:
                 digits[digits == _ESCAPE] = value
             value = digits
         assert value is not None
-        return value[: self.size]
+        value = value[: self.size]
+        if not self.code.raw:
+            return value
+        whole: Array = (value.astype(np.int16) << self.code.raw) + self.low - _half(self.code.raw)
+        return whole
+
+    def numbers(self) -> Array:
+        """Give what :func:`draw` does: the integers times :attr:`Code.unit`, (size,) float32."""
+        value = self.integers().astype(np.float32)
+        value *= np.float32(self.code.unit)
+        return value
 
 
 def least_bits(code: Code) -> float:
     """Return the bits of an integer below which hardly any could be other than zero."""
-    return _ABOVE * _bits(code.levels[0]) / code.run
+    return code.raw + _ABOVE * _bits(code.levels[0]) / code.run
 
 
 def bits_of(integers: Array, code: Code) -> float:
     """Return the bits of a code's digits, packed without a rest: those of several weights add up."""
-    told, ranks = _apart(integers, code.run)
+    told, ranks = _apart(_halves(integers, code.raw)[0], code.run)
     levels = code.levels if told is None else code.levels[1:]
     left = _left(_tally(ranks))
     starts = np.cumsum([0, *(n - 1 for n in levels[:-1])])
     bits = sum(float(left[s]) * _bits(n) for s, n in zip(starts, levels, strict=True))
+    bits += integers.size * code.raw
     return bits if told is None else bits + told.size * _bits(2)
 
 
 def like(name: str, size: int, bits: float) -> Array:
-    """Return integers (size,), int8, that take at most so many bits each, the same for a name every time."""
+    """Return integers (size,) that take at most so many bits each, the same for a name every time."""
     times = -(-size // _ENOUGH)
     few = _some(-(-size // (times * _WHOLE)) * _WHOLE, bits) if times > 1 else _some(size, bits)
     whole = len(few) // _WHOLE * _WHOLE
@@ -192,10 +229,10 @@ def _some(size: int, bits: float) -> Array:
     drawn = drawn.astype(np.float32)
 
     def rounded(factor: float) -> Array:
-        made: Array = np.rint(np.clip(drawn * np.float32(factor), -MOST, MOST)).astype(np.int8)
+        made: Array = np.rint(np.clip(drawn * np.float32(factor), -code.most, code.most)).astype(code.kind)
         return made
 
-    low, high = -6.0, 8.0
+    low, high = -6.0, 12.0
     for _ in range(24):
         middle = (low + high) / 2
         if bits_of(rounded(2.0**middle), code) > bits * size * _UNDER:
@@ -210,10 +247,14 @@ def common(parts: Sequence[tuple[Array, Code]]) -> dict[Code, Code]:
 
     A code has operators of its own: a few integers are smaller in the code of others.
     """
+    raws = {code.raw for _, code in parts}
+    if len(raws) > 1:
+        alike = [[part for part in parts if part[1].raw == raw] for raw in raws]
+        return {own: code for some in alike for own, code in common(some).items()}
     codes = sorted({code for _, code in parts})
     seen: dict[tuple[Code, int], tuple[int, Array]] = {}
     for code in codes:
-        own = [integers for integers, of in parts if of == code]
+        own = [_halves(integers, code.raw)[0] for integers, of in parts if of == code]
         for run in {code.run for code in codes}:
             apart = [_apart(integers, run) for integers in own]
             digits = sum(0 if told is None else told.size for told, _ in apart)
@@ -268,7 +309,7 @@ def _cut(code: Code, counts: Array) -> tuple[float, Code]:
             break
         before, start = before + left[start] * _bits(n), start + n - 1
     bits, k, last = min(found)
-    return float(bits), Code(code.run, (*code.levels[: k + first], last))
+    return float(bits), code._replace(levels=(*code.levels[: k + first], last))
 
 
 def _left(counts: Array) -> Array:
@@ -290,9 +331,12 @@ def _bits(levels: int) -> float:
 
 
 def draw(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Value, int]:
-    """Draw the integers in a row, int8 or (``wide``) int16, and by how many zeros too many."""
+    """Draw the integers in a row, and by how many zeros too many.
+
+    They are int8 or (``wide``) int16; with raw bits float32, times :attr:`Code.unit`, and none too many.
+    """
     build = build.outer  # there the length of what Compress gives can be told
-    run, levels = coded.code
+    run, levels, raw = coded.code
     value: ir.Value | None = None
     over = 0
     for k in range(len(levels) - 1, -1, -1):
@@ -319,7 +363,65 @@ def draw(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Val
             drawn = build.node("ScatterElements", [drawn, places, value], "integers")
         value = drawn
     assert value is not None
-    return value, over
+    if not raw:
+        return value, over
+    value = packing.head(build, value, 0, coded.size) if over else value
+    value = build.node("Cast", [value], "high", to=int(ir.DataType.FLOAT))
+    low = _draw_raw(build.named(f"{name}.{len(levels)}"), coded)
+    return build.node("Add", [value, low], "numbers"), 0
+
+
+def _draw_raw(build: Builder, coded: Coded) -> ir.Value:
+    """Draw what raw bits stand for, parts of a step of what is coded: (size,) float32."""
+    raw = coded.code.raw
+    if raw == _BYTE or Packing.best(1 << raw, coded.size, build.opset, streamed=True).digits == 1:
+        held = build.constant("words", (coded.low.astype(np.int16) - _half(raw)).astype(np.int8))
+        held = build.node("Cast", [held], "low", to=int(ir.DataType.FLOAT))
+        unit = build.constant(f"unit{raw}", np.array(coded.code.unit, np.float32), TERSE)
+        return build.node("Mul", [held, unit], "low")
+    grid = Grid(f"R{raw}", tuple((low - _half(raw)) / (1 << raw) for low in range(1 << raw)))
+    value, more = packing.stream(build, coded.low, grid, build.weight)
+    return packing.head(build, value, 0, coded.size) if more else value
+
+
+def _halves(integers: Array, raw: int) -> tuple[Array, Array]:
+    """Return what is coded, int8, and what is not, uint8 (none without raw bits)."""
+    if not raw:
+        return integers, np.empty(0, np.uint8)
+    moved = integers + np.int16(_half(raw))
+    return (moved >> raw).astype(np.int8), (moved & ((1 << raw) - 1)).astype(np.uint8)
+
+
+def _half(raw: int) -> int:
+    """Return what raw bits hold more than their number is, so that h = 0 is about zero."""
+    return 1 << raw >> 1
+
+
+def _raw_words(low: Array, raw: int) -> Array:
+    """Pack raw bits; a byte of them is stored as the int8 that it stands for."""
+    return (low ^ np.uint8(_half(raw))).view(np.int8) if raw == _BYTE else _packed(1 << raw, low)
+
+
+def _raw_of(words: Array, raw: int, size: int) -> Array:
+    """Undo :func:`_raw_words`; raises ValueError where that is not what these are."""
+    if raw != _BYTE:
+        return _unpacked(words, 1 << raw, size)
+    if words.dtype != np.int8 or words.shape != (size,):
+        raise ValueError(f"{words.shape} {words.dtype} are not {size} bytes.")
+    return words.view(np.uint8) ^ np.uint8(_half(raw))
+
+
+def _packed(levels: int, digits: Array) -> Array:
+    """Pack digits into words."""
+    return Packing.best(levels, digits.size, SINCE, streamed=True).pack(digits)
+
+
+def _unpacked(words: Array, levels: int, count: int) -> Array:
+    """Take digits out of words; raises ValueError where these are not words of so many digits."""
+    packed = Packing.best(levels, count, SINCE, streamed=True)
+    if words.dtype != packed.word or words.shape != (-(-count // packed.digits),):
+        raise ValueError(f"{words.shape} {words.dtype} are not {count} digits of {levels} levels.")
+    return packed.unpack(words, count)
 
 
 def _ranks(integers: Array) -> Array:

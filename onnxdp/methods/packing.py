@@ -172,7 +172,7 @@ class Grid(NamedTuple):
     """What single digits stand for, and how the file calls it."""
 
     name: str
-    numbers: tuple[int, ...]
+    numbers: tuple[float, ...]
     wide: bool = False
     """Whether they are drawn in 16 bits, though 8 would hold them."""
 
@@ -186,7 +186,9 @@ class Grid(NamedTuple):
 
     @property
     def values(self) -> Array:
-        """The numbers, (levels,) int8 or int16."""
+        """The numbers, (levels,) int8 or int16; float32 where they are no integers."""
+        if not all(float(n).is_integer() for n in self.numbers):
+            return np.array(self.numbers, np.float32)
         return np.array(self.numbers, np.int16 if is_wide(len(self.numbers)) else np.int8)
 
 

@@ -35,7 +35,9 @@ OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
 
 _SWEEPS = 3
-"""Times that every number is rounded again."""
+"""Times that every number is rounded again ..."""
+_SWEPT = 4.5
+"""... up to so many bits: integers are so large beyond that one by one they do not follow steps that move."""
 _ROUNDS = 2
 """Times that steps are corrected before, every number rounded as if for the first time ..."""
 _FAR = 8
@@ -86,7 +88,9 @@ class Problem:
     def encoded(self, task: Task, params: Params, *, quick: bool, device: str) -> Encoded:
         """Round and pack; quickly, where that is only to be measured."""
         if "bits" in params:
-            integers, scale, error = self._within(task, float(params["bits"]), quick=quick, device=device)
+            bits = float(params["bits"])
+            integers, scale, error = self._within(task, bits, quick=quick, device=device)
+            scale /= np.float32(code_for(bits).unit)  # the steps of what is coded
             made = words_of(integers, params) | {"scale": kept(scale, 1.0)}
         else:
             levels = int(params["levels"])
@@ -116,23 +120,23 @@ class Problem:
         bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
         given = task.once("given", partial(_Given.of, task))
         lattices = task.once("lattices", partial(self._lattices, task, given, device))
-        flat = np.empty(0, np.int8)
+        flat = np.empty(0, code.kind)
 
         def measured() -> float:
             nonlocal flat
             made = np.concatenate([arrays.to_host(each.integers) for each in lattices], axis=-1)
-            flat = layout.tensor(weight, made.reshape(given.shape)).reshape(-1)
+            flat = layout.tensor(weight, made.reshape(given.shape)).reshape(-1).astype(code.kind)
             return bits_of(flat, code) / flat.size
 
-        def go(how: Callable[[Lattice, float], None], factor: float) -> float:
-            list(arrays.side_by_side(lambda each: how(each, factor), lattices))
+        def go(how: Callable[[Lattice, float, int], None], factor: float) -> float:
+            list(arrays.side_by_side(lambda each: how(each, factor, code.most), lattices))
             return measured()
 
         factor, slope, floor = given.start(weight, code, bits)
         near = max(_NEAR * bits, _FEW / weight.size)
         got = go(Lattice.round, factor)
 
-        def correct(how: Callable[[Lattice, float], None], least: float = -1.0) -> None:
+        def correct(how: Callable[[Lattice, float, int], None], least: float = -1.0) -> None:
             """Move the steps so that the bits should be near; learn how many fewer they really take."""
             nonlocal factor, slope, got
             doubled = max(float(np.clip((got - bits + near / 2) / slope, -1, 1)), least)
@@ -145,13 +149,14 @@ class Problem:
             if abs(got - bits) > _FAR * near:
                 correct(Lattice.round)
         plainly = factor, slope
-        for done in range(0 if quick else _SWEEPS + _CORRECTED):
-            if done >= _SWEEPS and got <= bits and (got >= bits - near or factor == floor):
+        how, sweeps = (Lattice.sweep, _SWEEPS) if bits <= _SWEPT else (Lattice.round, 0)
+        for done in range(0 if quick else sweeps + _CORRECTED):
+            if done >= sweeps and got <= bits and (got >= bits - near or factor == floor):
                 break
-            correct(Lattice.sweep)
+            correct(how)
         least = near / slope / 4
         while not quick and got > bits and least < 1:
-            correct(Lattice.sweep, least)
+            correct(how, least)
             least *= 2
         if not quick and (got > bits or factor > _ASTRAY * plainly[0]):  # larger steps took more bits
             (factor, slope), least = plainly, near / plainly[1] / 4
@@ -177,7 +182,7 @@ class Problem:
     def _lattices(self, task: Task, given: _Given, device: str) -> list[Lattice]:
         steps = given.steps(self.parts, device)
         return [
-            Lattice(w, self.curvature, own, parts=self.parts, most=escapes.MOST)
+            Lattice(w, self.curvature, own, parts=self.parts)
             for w, own in zip(self._pieces(task, given, device), steps, strict=True)
         ]
 
@@ -276,10 +281,10 @@ class _Given:
         flat = (few.swapaxes(1, 2) if weight.transposed else few).reshape(-1)
 
         def taken(factor: float) -> float:
-            near = np.rint(np.clip(flat / np.float32(factor), -escapes.MOST, escapes.MOST))
-            return bits_of(near.astype(np.int8), code) / flat.size
+            near = np.rint(np.clip(flat / np.float32(factor), -code.most, code.most))
+            return bits_of(near.astype(code.kind), code) / flat.size
 
-        low, high = -8.0, 6.0
+        low, high = -12.0, 6.0
         for _ in range(10):
             middle = (low + high) / 2
             if taken(2.0**middle) > bits:
@@ -289,16 +294,16 @@ class _Given:
         slope = (taken(2.0 ** (high - 0.2)) - taken(2.0 ** (high + 0.2))) / 0.4
         factor = 2.0**high
         peaks = np.maximum(numbers.max(axis=1, keepdims=True), -numbers.min(axis=1, keepdims=True)) / sizes
-        floor = float(peaks.max()) / escapes.MOST
+        floor = float(peaks.max()) / code.most
         if floor > factor:
-            lost = partial(_clipped, (numbers / sizes).reshape(-1))
+            lost = partial(_clipped, (numbers / sizes).reshape(-1), code.most)
             floor = min((floor / 2 ** (k / 2) for k in range(40)), key=lost)
         return max(factor, floor), max(slope, 0.3), floor
 
 
-def _clipped(numbers: Array, factor: float) -> float:
+def _clipped(numbers: Array, most: int, factor: float) -> float:
     """Return the squared error of numbers rounded to so large steps, as many as there may be."""
-    near = np.rint(np.clip(numbers / np.float32(factor), -escapes.MOST, escapes.MOST))
+    near = np.rint(np.clip(numbers / np.float32(factor), -most, most))
     lost = numbers - near * np.float32(factor)
     return float(lost @ lost)
 
@@ -328,7 +333,9 @@ def words_of(integers: Array, params: Params) -> dict[str, Array]:
 def coded_of(weight: Weight, encoded: Encoded) -> Coded:
     """Undo :func:`words_of`."""
     run, *levels = encoded.arrays["code"].tolist()
-    code, most = Code(run, tuple(levels)), code_for(float(encoded.params["bits"]))
+    most = code_for(float(encoded.params["bits"]))
+    code = most._replace(run=run, levels=tuple(levels))
     if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:
         raise ValueError(f"{code} is no {most} cut off.")
-    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(len(levels))], weight.size)
+    count = len(levels) + bool(code.raw)
+    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(count)], weight.size)

@@ -101,7 +101,7 @@ class Quantized:
             coded = coded_of(weight, encoded)
         except (ValueError, KeyError, TypeError):
             return False
-        roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams)))}
+        roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams) + bool(coded.code.raw)))}
         return set(made) == roles
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:
@@ -112,7 +112,7 @@ class Quantized:
     def decode(self, weight: Weight, encoded: Encoded) -> Array:
         """Unpack and multiply by the steps."""
         if "bits" in encoded.params:
-            value = coded_of(weight, encoded).integers().astype(np.float32)
+            value = coded_of(weight, encoded).numbers()
         else:
             levels = int(encoded.params["levels"])
             packed = Packing.best(levels, weight.size, OPSET)

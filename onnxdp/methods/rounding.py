@@ -132,7 +132,7 @@ class Rounded:
 
     Attributes
     ----------
-    digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels; int8 of a lattice
+    digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels; int16 of a lattice
         k, or whole steps, in the weight's own order of rows.
     scale : array of shape (stack, outputs), float32
         The same for all parts of one column.
@@ -214,35 +214,33 @@ class Lattice:
         The same for all parts of one column.
     parts : int
         As of :func:`round_weights`.
-    most : int
-        Steps from zero, at most.
     """
 
-    def __init__(self, w: Array, curvature: Curvature, steps: Array, *, parts: int, most: int) -> None:
-        self._curvature, self._steps, self._parts, self._most = curvature, steps, parts, float(most)
+    def __init__(self, w: Array, curvature: Curvature, steps: Array, *, parts: int) -> None:
+        self._curvature, self._steps, self._parts = curvature, steps, parts
         self._w = take(w, curvature.order) / steps[:, None, :]
         self._hw: Array | None = None
         self._hq: Array | None = None
         self._q = self._w
         self._factor = 1.0
 
-    def round(self, factor: float) -> None:
-        """Round row after row with error feedback, at so many times the steps."""
+    def round(self, factor: float, most: int) -> None:
+        """Round row after row with error feedback, at so many times the steps, at most so many from zero."""
         self._factor, unit = factor, self._w / factor
         if self._curvature.plain:
-            self._q = _nearest(unit, self._most)
+            self._q = _nearest(unit, most)
         else:
-            self._q, _ = _feedback(unit, self._curvature.feedback, self._most)
+            self._q, _ = _feedback(unit, self._curvature.feedback, most)
         self._hq = None
 
-    def sweep(self, factor: float) -> None:
+    def sweep(self, factor: float, most: int) -> None:
         """Round every number once more, all others fixed (coordinate descent)."""
         if self._curvature.plain:
-            return self.round(factor)
+            return self.round(factor, most)
         if self._hq is None:
             self._hq = _times(self._curvature, self._q)
         self._factor = factor
-        _sweep(self._pull(), factor, self._q, self._hq, self._curvature.moment, self._most)
+        _sweep(self._pull(), factor, self._q, self._hq, self._curvature.moment, most)
         return None
 
     def _pull(self) -> Array:
@@ -253,9 +251,9 @@ class Lattice:
 
     @property
     def integers(self) -> Array:
-        """Whole steps, in the weight's own order of rows, (stack, inputs, outputs) int8."""
+        """Whole steps, in the weight's own order of rows, (stack, inputs, outputs) int16."""
         xp = arrays.namespace(self._q)
-        return xp.astype(take(self._q, xp.argsort(self._curvature.order, axis=-1)), xp.int8)
+        return xp.astype(take(self._q, xp.argsort(self._curvature.order, axis=-1)), xp.int16)
 
     def rounded(self) -> Rounded:
         """Fit the steps once more to the integers."""

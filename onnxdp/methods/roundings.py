@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from onnxdp.methods import escapes, layout, packing
+from onnxdp.methods.escapes import code_for
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import NAME, OPSET, Problem, kept
@@ -17,15 +18,15 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
-RATES = tuple(k / 8 for k in range(3, 49))
+RATES = tuple(k / 8 for k in range(3, 97))
 """Bits of a number that are offered where frequent ones take fewer."""
-FINE = (255, 1625)
-"""Numbers of levels that are offered beside these, for more bits."""
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
 _STEEP = (-2.0, -0.5)
-"""Of that over what bits are as good as: where most numbers are zero, few bits more tell the others."""
+"""Of that over what bits are as good as: where most numbers are zero, few bits more tell the others ..."""
+_ENDS = -1.0
+"""... and beyond what was tried a bit more halves the error."""
 _SPARSE = 1.75
 """Bits that a target leaves each number below which some weights get so few that lines do not reach them."""
 _WORTH = 8192
@@ -84,7 +85,7 @@ class Roundings:
             if tried:
                 xs = np.array([_log_levels(way) for way in tried])
                 errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
-                slopes = (_SLOPES if kind == "levels" else _STEEP) if len(tried) > 1 else (-1.0, -1.0)
+                slopes = _SLOPES if kind == "levels" else _STEEP
                 for way in ((kind, n) for n in offered if kind == "bits" or n in self._levels):
                     error = np.exp(along(_log_levels(way), xs, errors, slopes))
                     found.append(self._candidate(way, float(error)))
@@ -92,8 +93,7 @@ class Roundings:
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
         """Return those that were tried: errors of the others do the same damage."""
-        ways = self._scan(self._bits)
-        return [(self._candidate(way, self._made[way].error),) for way in ways if way[0] == ways[0][0]]
+        return [(self._candidate(way, self._made[way].error),) for way in self._scan(self._bits)]
 
     def foreseen(self, outline: Encoded) -> Encoded:
         """Return an outline with steps in float32 where float16 does not hold such steps.
@@ -102,7 +102,7 @@ class Roundings:
         """
         way = _way(outline.params)
         near = min(self._scan(self._bits), key=lambda tried: abs(_log_levels(tried) - _log_levels(way)))
-        steps = self._made[near].arrays["scale"].astype(np.float32)
+        steps = self._made[near].arrays["scale"].astype(np.float32) * np.float32(_unit(near) / _unit(way))
         largest = np.abs(steps).max() * np.exp(np.float32(_log_levels(near) - _log_levels(way)))
         unit = packing.unit(int(way[1])) if way[0] == "levels" else 1.0
         kind = kept(largest.reshape(1), unit).dtype
@@ -123,17 +123,14 @@ class Roundings:
     @property
     def _levels(self) -> tuple[int, ...]:
         """Numbers of levels that are offered."""
-        if self._is_coded(self._bits):
-            return FINE
         return tuple(n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n))
 
     def _scan(self, bits: float) -> tuple[Way, ...]:
         """Return what to try for the bits that a target leaves each number."""
         if self._is_coded(bits):
             few = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
-            rates = (3.0, 4.5) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
-            fine = (("levels", FINE[0]),) if bits >= 3.2 else ()
-            return (*(("bits", b) for b in rates), *fine)
+            rates = (3.0, 6.0) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
+            return tuple(("bits", b) for b in rates)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
         return tuple(("levels", n) for n in levels)
 
@@ -168,11 +165,16 @@ def _log_levels(way: Way) -> float:
     return math.log(way[1]) if way[0] == "levels" else way[1] * math.log(2)
 
 
+def _unit(way: Way) -> float:
+    """Return what steps that are kept are multiplied by to be those between whole numbers."""
+    return code_for(way[1]).unit if way[0] == "bits" else 1.0
+
+
 def along(x: float, xs: Array, ys: Array, slopes: tuple[float, float] = _SLOPES) -> float:
     """Interpolate; beyond the ends, the slope between them goes on, as far as errors of levels have such."""
-    slope = slopes[0]
+    slope = _ENDS
     if len(xs) > 1:
         slope = float(np.clip((ys[-1] - ys[0]) / (xs[-1] - xs[0]), *slopes))
     if x < xs[0]:
         return float(ys[0] + slope * (x - xs[0]))
-    return float(ys[-1] + slope * (x - xs[-1])) if x > xs[-1] else float(np.interp(x, xs, ys))
+    return float(ys[-1] + max(slope, _ENDS) * (x - xs[-1])) if x > xs[-1] else float(np.interp(x, xs, ys))

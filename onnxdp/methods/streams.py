@@ -30,7 +30,9 @@ from onnxdp.records import Array, Weight
 SMALL = 1 << 16
 """Numbers of a weight below which it shares a stream."""
 _SURELY = 3
-"""Weights of a kind, on average, from which that is smaller for sure: 20 of ResNet-20 save 7 to 20 kB."""
+"""Weights of a kind, on average, from which that is smaller for sure: 20 of ResNet-20 save 7 to 20 kB ..."""
+_LOOKED = 1 << 12
+"""... with more numbers than these, which are soon drawn both ways."""
 _MOST = 1 << 22
 """Numbers of all streams together: folding holds some 30 bytes for each."""
 _CONSTANT = ("LSTM", "GRU", "RNN")
@@ -67,7 +69,9 @@ class Part:
     @property
     def kind(self) -> tuple[int, ...]:
         """What parts have in common whose integers are drawn together: a number of levels, or a code."""
-        return (self.code.levels,) if isinstance(self.code, Packing) else (self.code.run, *self.code.levels)
+        if isinstance(self.code, Packing):
+            return (self.code.levels,)
+        return (self.code.raw, self.code.run, *self.code.levels)
 
     @property
     def row(self) -> tuple[str, tuple[int, ...]] | None:
@@ -99,8 +103,9 @@ def _all(outer: Builder, places: Sequence[Place]) -> None:
             small.append((build, part))
     together = {id(part) for _, part in small}
     joined = [part for _, part in places if id(part) in together]
-    surely = _SURELY * len({part.kind for part in joined})
-    if len(joined) < surely and not _pays(outer.opset, joined):
+    surely = len(joined) >= _SURELY * len({part.kind for part in joined})
+    surely &= sum(part.weight.size for part in joined) > _LOOKED
+    if not surely and not _pays(outer.opset, joined):
         together = set()
     for build, part in places:
         if id(part) not in together:
@@ -137,7 +142,7 @@ def _alone(build: Builder, part: Part) -> None:
         if over:
             value = packing.head(build, value, 0, part.weight.size)
         value = build.reshape(value, part.stored, "shaped")
-        _finished(build, part, build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT)))
+        _finished(build, part, value if _is_float(part.kind) else _float(build, value))
         return
     assert isinstance(part.code, Packing)
     _finished(build, part, packing.draw(build, part.code, part.words, part.stored))
@@ -168,19 +173,21 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
         rows.setdefault(part.row or id(part), []).append(part)
     streams, sizes, owners = [], [], []
     kinds = sorted({p.kind for p in parts})
-    wide = any(_is_wide(k) for k in kinds)
+    floats, wide = (any(is_(k) for k in kinds) for is_ in (_is_float, _is_wide))
     for kind in kinds:
         pieces = {k: [p for p in own if p.kind == kind] for k, own in rows.items()}
         pieces = {k: own for k, own in pieces.items() if own}
         stream, left_over = _stream(build, [p for own in pieces.values() for p in own])
-        if wide and not _is_wide(kind):  # one type goes into one Concat
+        if floats and not _is_float(kind):  # one type goes into one Concat
+            stream = _float(build, stream)
+        elif wide and not floats and not _is_wide(kind):
             stream = build.node("Cast", [stream], "wide", to=int(ir.DataType.INT16))
         streams.append(stream)
         owners += [*pieces, *([None] if left_over else [])]
         sizes += [sum(p.weight.size for p in own) for own in pieces.values()]
         sizes += [left_over] if left_over else []
     flat = streams[0] if len(streams) == 1 else build.node("Concat", streams, "streams", axis=0)
-    flat = build.node("Cast", [flat], "integers", to=int(ir.DataType.FLOAT))
+    flat = flat if floats else _float(build, flat)
     cut = build.split(flat, sizes) if len(sizes) > 1 else [flat]
     for key, own in rows.items():
         mine = [piece for piece, owner in zip(cut, owners, strict=True) if owner == key]
@@ -202,6 +209,15 @@ def _rows(build: Builder, parts: Sequence[Part], pieces: Sequence[ir.Value]) -> 
     build.split(value, [len(p.steps) for p in parts], [p.value for p in parts])
 
 
+def _float(build: Builder, value: ir.Value) -> ir.Value:
+    return build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT))
+
+
+def _is_float(kind: tuple[int, ...]) -> bool:
+    """Whether numbers are float32 as they are drawn: those of a code with raw bits."""
+    return len(kind) > 1 and kind[0] > 0
+
+
 def _is_wide(kind: tuple[int, ...]) -> bool:
     """Whether integers are int16 and not int8."""
     return len(kind) > 1 or packing.is_wide(kind[0])
@@ -213,7 +229,7 @@ def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
     if isinstance(code, Code):
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
         coded = Coded.of(np.concatenate(integers), code)
-        return escapes.draw(build, coded, f"{TERSE}.{code.run}.{code.levels[0]}", wide=True)
+        return escapes.draw(build, coded, f"{TERSE}.{code.raw}.{code.run}.{code.levels[0]}", wide=True)
     digits = [
         p.code.unpack(p.words, p.weight.size)
         for p in parts
