@@ -33,6 +33,7 @@ from onnxdp import probes, runtime
 SAMPLES = 2
 CASES = (
     (MODELS / "digits.onnx", 8),
+    ("models/cifar10_resnet20", 4),
     ("models/cifar10_resnet20", 8),
     ("models/cifar10_resnet20", 16),
     ("models/cifar10_vgg16_half", 24),
