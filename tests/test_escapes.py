@@ -34,7 +34,8 @@ from onnxdp import refine, walk
 from onnxdp.build import Builder, nbytes
 from onnxdp.errors import TargetError
 from onnxdp.methods import escapes, packing, streams
-from onnxdp.methods.escapes import CODES, MOST, Coded, bits_of, code_for, like
+from onnxdp.methods.codes import CODES, MOST, bits_of, code_for, like
+from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import coded_of
@@ -178,7 +179,7 @@ def test_streams_that_are_left_out_make_files_smaller():
                 return nbytes(17, lambda build: escapes.draw(build, coded, "w", wide=True))
 
             cut = Coded.of(integers, code)
-            with mock.patch.object(escapes, "_cut", lambda code, counts: (0, code)):
+            with mock.patch.object(escapes, "cut", lambda code, counts: (0, code)):
                 full = Coded.of(integers, code)
             if all(len(s) for s in full.streams):
                 assert whole(cut) <= whole(full) + 64  # what decodes one is about as long as another
@@ -261,7 +262,7 @@ def test_codes_that_begin_alike_keep_words_of_their_own():
     proto, params, feed = convs(
         wide=24, a={"bits": 2.375}, b={"bits": 3.25}, c={"bits": 2.5}, d={"bits": 3.0}
     )
-    with mock.patch.object(escapes, "common", lambda parts: {code: code for _, code in parts}):
+    with mock.patch.object(streams, "common", lambda parts: {code: code for _, code in parts}):
         rewrite(proto, params).assert_equals_dense(feed)
 
 

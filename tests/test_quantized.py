@@ -23,7 +23,7 @@ from test_forms import SPARED, weight_of, weights_
 import onnxdp as package
 from onnxdp import model as model_file
 from onnxdp import weights
-from onnxdp.methods.escapes import code_for
+from onnxdp.methods.codes import code_for
 from onnxdp.methods.form import Task
 from onnxdp.methods.problem import Problem
 from onnxdp.methods.roundings import LEVELS, RATES

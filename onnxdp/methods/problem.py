@@ -16,8 +16,9 @@ import numpy as np
 
 from onnxdp import arrays
 from onnxdp.build import half_of
-from onnxdp.methods import escapes, layout, packing
-from onnxdp.methods.escapes import Code, Coded, bits_of, code_for
+from onnxdp.methods import layout, packing
+from onnxdp.methods.codes import Code, bits_of, code_for, least_bits
+from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.rounding import Curvature, Lattice, Rounded, round_weights
@@ -117,7 +118,7 @@ class Problem:
         All steps are moved by one factor until the bits are near, however often that takes.
         """
         weight, code = task.weight, code_for(bits)
-        bits = max(bits + task.spare, min(bits, escapes.least_bits(code)))
+        bits = max(bits + task.spare, min(bits, least_bits(code)))
         given = task.once("given", partial(_Given.of, task))
         lattices = task.once("lattices", partial(self._lattices, task, given, device))
         flat = np.empty(0, code.kind)

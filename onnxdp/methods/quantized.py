@@ -3,7 +3,7 @@
     W' = s q,    s in float16, one per output
 
 The whole numbers q are as few ``bits`` each as wanted, frequent ones fewer than others
-(:mod:`onnxdp.methods.escapes`); or, for models whose operators cannot undo that, for factors and for many
+(:mod:`onnxdp.methods.codes`); or, for models whose operators cannot undo that, for factors and for many
 bits, digits of so many ``levels``, W' = s (k - (L - 1) / 2), k = 0 .. L - 1.
 
 References
@@ -21,8 +21,9 @@ import onnx_ir as ir
 
 from onnxdp.build import Builder, unlike_others
 from onnxdp.errors import PlanError
-from onnxdp.methods import escapes, layout, packing, streams
-from onnxdp.methods.escapes import Code, Coded, code_for
+from onnxdp.methods import codes, layout, packing, streams
+from onnxdp.methods.codes import Code, code_for
+from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Solved, Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import NAME, OPSET, Problem, coded_of, words_of
@@ -68,7 +69,7 @@ class Quantized:
         """Return arrays of the right shapes and types, or that take the bits there are."""
         scale = unlike_others(np.ones(layout.columns(weight), np.float16), weight.name)
         if "bits" in params:
-            made = words_of(escapes.like(weight.name, weight.size, float(params["bits"])), params)
+            made = words_of(codes.like(weight.name, weight.size, float(params["bits"])), params)
         else:
             levels = int(params["levels"])
             digits = unlike_others(np.zeros(weight.size, packing.digit_type(levels)), weight.name, levels)
@@ -131,9 +132,9 @@ class Quantized:
         code: Packing | Code
         words: Array | Coded
         if "bits" in encoded.params:
-            if build.opset < escapes.SINCE:
+            if build.opset < codes.SINCE:
                 raise PlanError(
-                    f"{weight.name}: bits need operator set {escapes.SINCE}, the model has {build.opset}; "
+                    f"{weight.name}: bits need operator set {codes.SINCE}, the model has {build.opset}; "
                     "take levels instead."
                 )
             code, words = code_for(float(encoded.params["bits"])), coded_of(weight, encoded)

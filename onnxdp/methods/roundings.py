@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from onnxdp.methods import escapes, layout, packing
-from onnxdp.methods.escapes import code_for
+from onnxdp.methods import codes, layout, packing
+from onnxdp.methods.codes import code_for
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import NAME, OPSET, Problem, kept
@@ -136,7 +136,7 @@ class Roundings:
 
     def _is_coded(self, bits: float) -> bool:
         """Whether frequent numbers take fewer bits: all weights together are worth what decodes them."""
-        return self._opset >= escapes.SINCE and bits * self._total >= 8 * _WORTH
+        return self._opset >= codes.SINCE and bits * self._total >= 8 * _WORTH
 
     def _quick(self, task: Task, way: Way, problem: Problem) -> Encoded:
         return problem.encoded(task, dict([way]), quick=True, device=self._device)

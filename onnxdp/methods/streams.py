@@ -23,7 +23,8 @@ import onnx_ir as ir
 
 from onnxdp.build import DTYPES, TERSE, Builder, nbytes
 from onnxdp.methods import escapes, packing
-from onnxdp.methods.escapes import Code, Coded
+from onnxdp.methods.codes import Code, common
+from onnxdp.methods.escapes import Coded
 from onnxdp.methods.packing import Grid, Packing
 from onnxdp.records import Array, Weight
 
@@ -166,7 +167,7 @@ def _finished(build: Builder, part: Part, integers: ir.Value) -> None:
 def _join(build: Builder, parts: Sequence[Part]) -> None:
     """Draw all streams, cut them into pieces, and put the pieces of equal rows together."""
     coded = [(p.words.integers(), p.code) for p in parts if isinstance(p.words, Coded)]
-    codes = escapes.common([(integers, code) for integers, code in coded if isinstance(code, Code)])
+    codes = common([(integers, code) for integers, code in coded if isinstance(code, Code)])
     parts = [replace(p, code=codes[p.code]) if isinstance(p.code, Code) else p for p in parts]
     rows: dict[object, list[Part]] = {}
     for part in parts:
