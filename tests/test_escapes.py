@@ -176,7 +176,7 @@ def test_streams_that_are_left_out_make_files_smaller():
             integers = meant_for(code, size, seed=size)
 
             def whole(coded):
-                return nbytes(17, lambda build: escapes.draw(build, coded, "w", wide=True))
+                return nbytes(17, lambda build: escapes.draw(build, coded, "w", [coded.size], wide=True))
 
             cut = Coded.of(integers, code)
             with mock.patch.object(escapes, "cut", lambda code, counts: (0, code)):
@@ -209,7 +209,7 @@ def drawn_integers(opset, cases):
     values = []
     for i, (code, integers) in enumerate(cases):
         build = Builder(made.graph, f"w{i}", paper)
-        value, over = escapes.draw(build, Coded.of(integers, code), f"w{i}", wide=i % 2 == 1)
+        value, over = escapes.draw(build, Coded.of(integers, code), f"w{i}", [integers.size], wide=i % 2 == 1)
         value = packing.head(build, value, 0, integers.size) if over else value
         value = build.node("Cast", [value], "float", to=int(ir.DataType.FLOAT))
         values.append(build.node("Div", [value, build.constant("unit", np.float32(code.unit))], "integers"))

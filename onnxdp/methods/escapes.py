@@ -117,10 +117,13 @@ class Coded:
         return value
 
 
-def draw(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Value, int]:
-    """Draw the integers in a row, and by how many zeros too many.
+def draw(
+    build: Builder, coded: Coded, name: str, shape: Sequence[int], *, wide: bool
+) -> tuple[ir.Value, int]:
+    """Draw the integers, and by how many zeros too many.
 
-    They are int8 or (``wide``) int16; with raw bits float32, times :attr:`Code.unit`, and none too many.
+    They are int8 or (``wide``) int16 in a row; with raw bits float32 of a shape, times :attr:`Code.unit`, and
+    none too many.
     """
     build = build.outer  # there the length of what Compress gives can be told
     run, levels, raw = coded.code
@@ -153,22 +156,24 @@ def draw(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Val
     if not raw:
         return value, over
     value = packing.head(build, value, 0, coded.size) if over else value
+    value = build.reshape(value, shape, "shaped")
     value = build.node("Cast", [value], "high", to=int(ir.DataType.FLOAT))
-    low = _draw_raw(build.named(f"{name}.{len(levels)}"), coded)
+    low = _draw_raw(build.named(f"{name}.{len(levels)}"), coded, shape)
     return build.node("Add", [value, low], "numbers"), 0
 
 
-def _draw_raw(build: Builder, coded: Coded) -> ir.Value:
-    """Draw what raw bits stand for, parts of a step of what is coded: (size,) float32."""
+def _draw_raw(build: Builder, coded: Coded, shape: Sequence[int]) -> ir.Value:
+    """Draw what raw bits stand for, parts of a step of what is coded, in float32."""
     raw = coded.code.raw
     if raw == _BYTE or Packing.best(1 << raw, coded.size, build.opset, streamed=True).digits == 1:
-        held = build.constant("words", (coded.low.astype(np.int16) - half(raw)).astype(np.int8))
+        numbers = (coded.low.astype(np.int16) - half(raw)).astype(np.int8)
+        held = build.constant("words", numbers.reshape(shape))
         held = build.node("Cast", [held], "low", to=int(ir.DataType.FLOAT))
         unit = build.constant(f"unit{raw}", np.array(coded.code.unit, np.float32), TERSE)
         return build.node("Mul", [held, unit], "low")
     grid = Grid(f"R{raw}", tuple((low - half(raw)) / (1 << raw) for low in range(1 << raw)))
-    value, more = packing.stream(build, coded.low, grid, build.weight)
-    return packing.head(build, value, 0, coded.size) if more else value
+    value, more = packing.stream(build, coded.low, grid, build.weight, shape)
+    return build.reshape(packing.head(build, value, 0, coded.size), shape, "shaped") if more else value
 
 
 def _raw_words(low: Array, raw: int) -> Array:

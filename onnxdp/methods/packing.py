@@ -207,22 +207,39 @@ def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -
     return build.node("Cast", [value], "integers", to=float32)
 
 
-def stream(build: Builder, digits: Array, grid: Grid, name: str) -> tuple[ir.Value, int]:
-    """Store digits and draw what they stand for in a row, int8 or int16, and how many too many there are."""
+def stream(
+    build: Builder, digits: Array, grid: Grid, name: str, shape: Sequence[int] = ()
+) -> tuple[ir.Value, int]:
+    """Store digits and draw what they stand for, of the grid's type, and how many too many there are.
+
+    They are in a row, or in a shape where that holds all, with none too many.
+    """
     packed = Packing.best(len(grid.numbers), digits.size, build.opset, streamed=True)
-    value = _row(build, packed, packed.pack(digits), grid, name, divided=digits.size <= _SPREAD)
-    return value, -digits.size % packed.digits
+    over = -digits.size % packed.digits
+    shape = [digits.size + over] if over or not shape else shape
+    value = _row(build, packed, packed.pack(digits), grid, name, shape, divided=digits.size <= _SPREAD)
+    return value, over
 
 
-def _row(build: Builder, packed: Packing, words: Array, grid: Grid, name: str, *, divided: bool) -> ir.Value:
+def _row(
+    build: Builder,
+    packed: Packing,
+    words: Array,
+    grid: Grid,
+    name: str,
+    shape: Sequence[int],
+    *,
+    divided: bool,
+) -> ir.Value:
     """Draw what the digits of all words stand for, one after the other."""
     if packed.digits == 1:
-        return _widened(build, build.named(name).constant("words", grid.values[words]), grid)
+        held = build.named(name).constant("words", grid.values[words].reshape(shape))
+        return _widened(build, held, grid)
     if build.opset < 10 or not divided:
         value = _rows(build.named(name), packed, words, grid)
     else:
         value = build.node("Gather", [_drawn(build, grid), spread(build, packed, words, name)], "centred")
-    return build.reshape(value, [len(words) * packed.digits], "flat")
+    return build.reshape(value, shape, "flat")
 
 
 def spread(build: Builder, packed: Packing, words: Array, name: str) -> ir.Value:
@@ -337,7 +354,8 @@ def _decoding(packing: Packing, opset: int, padded: bool, first: bool, divided: 
 
     def one(build: Builder) -> None:
         if divided:
-            _row(build, packing, words, Grid.even(packing.levels), TERSE, divided=True)
+            row = [len(words) * packing.digits]
+            _row(build, packing, words, Grid.even(packing.levels), TERSE, row, divided=True)
         else:
             draw(build, packing, words, (size, 1))
 

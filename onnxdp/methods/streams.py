@@ -30,7 +30,7 @@ from onnxdp.records import Array, Weight
 
 SMALL = 1 << 16
 """Numbers of a weight below which it shares a stream."""
-_SURELY = 3
+_SURELY = 1.5
 """Weights of a kind, on average, from which that is smaller for sure: 20 of ResNet-20 save 7 to 20 kB ..."""
 _LOOKED = 1 << 12
 """... with more numbers than these, which are soon drawn both ways."""
@@ -139,11 +139,12 @@ def _bytes(opset: int, parts: Sequence[Part], *, join: bool) -> int:
 def _alone(build: Builder, part: Part) -> None:
     """Draw one weight's chain."""
     if isinstance(part.words, Coded):
-        value, over = escapes.draw(build, part.words, build.weight, wide=part.weight.op in _CONSTANT)
-        if over:
-            value = packing.head(build, value, 0, part.weight.size)
-        value = build.reshape(value, part.stored, "shaped")
-        _finished(build, part, value if _is_float(part.kind) else _float(build, value))
+        wide = part.weight.op in _CONSTANT
+        value, over = escapes.draw(build, part.words, build.weight, part.stored, wide=wide)
+        if not _is_float(part.kind):
+            value = packing.head(build, value, 0, part.weight.size) if over else value
+            value = _float(build, build.reshape(value, part.stored, "shaped"))
+        _finished(build, part, value)
         return
     assert isinstance(part.code, Packing)
     _finished(build, part, packing.draw(build, part.code, part.words, part.stored))
@@ -230,7 +231,8 @@ def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
     if isinstance(code, Code):
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
         coded = Coded.of(np.concatenate(integers), code)
-        return escapes.draw(build, coded, f"{TERSE}.{code.raw}.{code.run}.{code.levels[0]}", wide=True)
+        name = f"{TERSE}.{code.raw}.{code.run}.{code.levels[0]}"
+        return escapes.draw(build, coded, name, [coded.size], wide=True)
     digits = [
         p.code.unpack(p.words, p.weight.size)
         for p in parts
