@@ -527,6 +527,7 @@ def test_errors_are_near_those_of_entropy_coding():
         made = encoded(weight, tensor, {"bits": bits})
         share = np.unique(integers_of(weight, made), return_counts=True)[1] / weight.size
         entropy = -float(np.sum(share * np.log2(share)))
+        entropy += (share.size - 1) / (2 * weight.size * np.log(2))  # counts make it less (Miller 1955)
         # 20000 numbers: the logarithm of their squares' mean, and of the errors', is good to 0.01
         assert abs(entropy - 0.255 + np.log2(made.error)) < 0.03
 
@@ -702,7 +703,8 @@ def test_without_samples_numbers_are_rounded_to_the_nearest_step():
 # ---- what is offered
 
 
-def test_small_models_and_old_operators_keep_even_levels():
+def test_small_and_large_models_and_old_operators_keep_even_levels():
+    """Codes have operators; raw bits take memory while a session is made."""
     weight = weight_of((60, 72), op="Gemm")
     tensor = trained((60, 72), "gauss")
 
@@ -712,6 +714,7 @@ def test_small_models_and_old_operators_keep_even_levels():
         return {next(iter(c.params)) for (c,) in solved.candidates()}
 
     assert kinds() == kinds(total=16_400, bits=4.0) == {"bits"}
+    assert kinds(total=10**7, bits=4.0) == {"bits", "levels"}
     assert kinds(opset=10) == kinds(opset=9) == {"levels"}
     assert kinds(total=16_000, bits=4.0) == {"levels"}  # 8000 bytes
 

@@ -75,24 +75,26 @@ _CODED = (
     (3.25, (4, 4, 4, 9, 255)),
     (3.5, (6, 4, 4, 11, 255)),
     (4.0, (9, 9, 9, 16, 255)),
-    (4.5, (16, 16, 16, 40, 255)),
+    (5.0, (16, 16, 16, 40, 255)),
     (5.5, (23, 23, 23, 40, 255)),
 )
 CODES = (
     (0.5, Code(8, (2, 2, 2, 2, 3, 255))),
     (0.875, Code(4, (2, 2, 2, 2, 3, 255))),
     (1.375, Code(3, (2, 2, 3, 3, 6, 255))),
-    *((most, Code(1, levels)) for most, levels in _CODED[:-1]),
-    *((most + 2, Code(1, levels, 2)) for most, levels in _CODED[1:5]),
+    *((most, Code(1, levels)) for most, levels in _CODED),
+    (6.0, Code(1, (9, 9, 9, 16, 255), 2)),
     *((most + 4, Code(1, levels, 4)) for most, levels in _CODED),
     *((most + 8, Code(1, levels, 8)) for most, levels in _CODED[:5]),
 )
 """Codes, each with the most bits of an integer that it is for.
 
-On weights of four networks each is within .05 bits of the best code of up to five streams. That takes .1 bits
-more than the entropy from 1.75 to 2.75 bits, twice that around; raw bits bring a number of many bits there.
-Up to 4.5 bits they would save .1, for twice the memory that a weight takes while a session is made.
+On weights of four networks each is within .05 bits of the best code of up to five streams, and of raw bits
+from 5.5 bits on: .1 bits more than the entropy at 1.75 to 2.75 bits and as many raw ones, twice that around.
+From 4.25 to 5.5 bits raw ones would save .1, for twice the memory of a weight while a session is made.
 """
+PLAIN = 5.5
+"""Bits up to which integers have no raw ones."""
 
 
 def code_for(bits: float) -> Code:

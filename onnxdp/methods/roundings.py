@@ -20,6 +20,10 @@ LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
 RATES = tuple(k / 8 for k in range(3, 97))
 """Bits of a number that are offered where frequent ones take fewer."""
+FINE = (255, 1625)
+"""Numbers of levels that are offered instead of raw bits ..."""
+_MANY = 1 << 23
+"""... to models of more numbers: raw bits take some 50 bytes each while a session is made, others 25."""
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
@@ -86,14 +90,15 @@ class Roundings:
                 xs = np.array([_log_levels(way) for way in tried])
                 errors = np.log([max(self._made[way].error, 1e-12) for way in tried])
                 slopes, more = (_SLOPES, None) if kind == "levels" else (_STEEP, _MORE)
-                for way in ((kind, n) for n in offered if kind == "bits" or n in self._levels):
+                for way in ((kind, n) for n in offered if self._is_offered(kind, n)):
                     error = np.exp(along(_log_levels(way), xs, errors, slopes, more))
                     found.append(self._candidate(way, float(error)))
         return [(c,) for c in found]
 
     def points(self) -> Sequence[tuple[Candidate, ...]]:
         """Return those that were tried: errors of the others do the same damage."""
-        return [(self._candidate(way, self._made[way].error),) for way in self._scan(self._bits)]
+        ways = self._scan(self._bits)
+        return [(self._candidate(way, self._made[way].error),) for way in ways if way[0] == ways[0][0]]
 
     def foreseen(self, outline: Encoded) -> Encoded:
         """Return an outline with steps in float32 where float16 does not hold such steps.
@@ -120,17 +125,21 @@ class Roundings:
             self._made[way] = self._quick(tasks[0], way, problem)
         return (self._made[way],)
 
-    @property
-    def _levels(self) -> tuple[int, ...]:
-        """Numbers of levels that are offered."""
-        return tuple(n for n in LEVELS if self._opset >= _TAKEN_APART or not packing.is_wide(n))
+    def _is_offered(self, kind: str, number: float) -> bool:
+        """Whether so many bits or levels are."""
+        if kind == "bits":
+            return number <= codes.PLAIN or self._total <= _MANY
+        if self._is_coded(self._bits):
+            return number in FINE
+        return self._opset >= _TAKEN_APART or not packing.is_wide(int(number))
 
     def _scan(self, bits: float) -> tuple[Way, ...]:
         """Return what to try for the bits that a target leaves each number."""
         if self._is_coded(bits):
             few = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
-            rates = (3.0, 6.0) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
-            return tuple(("bits", b) for b in rates)
+            rates = (3.0, 5.0) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
+            fine = (("levels", FINE[0]),) if bits >= 3.2 and self._total > _MANY else ()
+            return (*(("bits", b) for b in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
         return tuple(("levels", n) for n in levels)
 
