@@ -196,9 +196,10 @@ def test_complaint_05_a_tied_weight_stays_one_tensor_with_two_readers():
     report, model = compressed(tied(), "--ratio", "1.8", "--samples", "8")
     assert [line["weight"] for line in report["lines"]] == ["table"]
     assert stored(model) <= 200 * 32 * 2 + 64
-    big = [t for t in tensors(model).values() if numpy_helper.to_array(t).size > 1000]
-    assert len(big) == 1
     assert {op for _, op in ops(model)} >= {"Gather", "MatMul"}
+    readers = [n for n in model.graph.node if n.op_type in ("Transpose", "Gather")]
+    table = next(n.input[0] for n in readers if n.op_type == "Transpose")
+    assert any(n.op_type == "Gather" and list(n.input) == [table, "ids"] for n in readers)
 
 
 @pytest.mark.parametrize("method", ["auto", "dp"])
@@ -282,7 +283,8 @@ def test_complaint_09_other_float_types_shrink_and_load_or_are_refused_by_name(d
 
 def test_complaint_19_what_the_plan_does_not_name_is_byte_identical():
     before = tensors(conv())
-    report, model = compressed(conv(), "--ratio", "1.4", "--samples", "8", "--include", "w2")
+    words = ("--ratio", "1.4", "--samples", "8", "--include", "w2", "--keep-names")
+    report, model = compressed(conv(), *words)
     assert [x["weight"] for x in report["lines"] if x["method"]] == ["w2"]
     after = tensors(model)
     for name in before.keys() - {"w2", "b2"}:  # b2 takes up the mean of what w2 lost
@@ -359,14 +361,16 @@ def test_complaint_27_metadata_names_and_interface_stay():
         assert getattr(made, name) == getattr(model, name)
     assert made.graph.name == model.graph.name and made.graph.doc_string == model.graph.doc_string
     assert made.graph.input == model.graph.input and made.graph.output == model.graph.output
-    assert list(made.graph.value_info) == list(model.graph.value_info)
+    told = [v for v in made.graph.value_info if v.name not in {v.name for v in model.graph.value_info}]
+    assert [v for v in made.graph.value_info if v not in told] == list(model.graph.value_info)
+    assert {v.type.tensor_type.elem_type for v in told} <= {TensorProto.INT32}  # how many escapes there are
     props = {p.key: p.value for p in made.metadata_props}
     assert {k: props[k] for k in ("classes", "licence")} == {"classes": "a,b", "licence": "MIT"}
     assert set(props) == {"classes", "licence", "onnxdp"}
     assert next(n for n in made.graph.node if n.name == "act") == model.graph.node[1]
     new = [n for n in made.graph.node if n.name not in ("first", "act", "second")]
-    stored = {t.name for t in made.graph.initializer}
-    assert new and {"w1", "w2"} == {name.split(".")[0] for name in stored if name.startswith("w")}
+    stored = {t.name for t in made.graph.initializer} - {t.name for t in model.graph.initializer}
+    assert new and stored and all(name.startswith(("w1.", "w2.", "dp")) for name in stored)
     assert all(n.name.startswith(("w1.", "w2.")) or (not n.name and len(n.output[0]) < 6) for n in new)
 
 
@@ -638,10 +642,10 @@ def test_complaint_44_exit_0_means_that_the_named_file_is_there_and_loads(make):
 
 
 @pytest.mark.parametrize("make", [mlp, conv])
-@pytest.mark.parametrize(("method", "ratio"), [("auto", "1.1"), ("dp", "1.5")])
-def test_a_compressed_model_can_be_compressed_again_with_a_notice(make, method, ratio):
+@pytest.mark.parametrize(("method", "before", "ratio"), [("auto", "1.4", "1.1"), ("dp", "2", "1.5")])
+def test_a_compressed_model_can_be_compressed_again_with_a_notice(make, method, before, ratio):
     """What is rounded already has hardly anything left to give."""
-    first, model = compressed(make(), *FAST, "--method", method)
+    first, model = compressed(make(), "--ratio", before, "--samples", "8", "--method", method)
     report, _ = compressed(model, "--ratio", ratio, "--samples", "8", "--method", method)
     assert any("compressed by onnxdp before" in notice for notice in report["notices"])
     assert report["source"]["nbytes"] == first["target"]["nbytes"]
