@@ -50,7 +50,7 @@ def pick(scores: Array, samples: int) -> Array:
         In the order picked.
     """
     if scores.shape[1] == 1:
-        apart = _finite(scores)
+        apart = finite(scores)
         apart -= np.median(apart)
         z = np.concatenate([-apart, apart], axis=1)
     else:
@@ -64,13 +64,13 @@ def pick(scores: Array, samples: int) -> Array:
 
 def _probabilities(scores: Array) -> Array:
     """Return rows that add up to 1, float64: a softmax, where the scores are no probabilities already."""
-    z = _finite(scores)
+    z = finite(scores)
     if not ((z >= 0).all() and np.allclose(z.sum(1), 1, atol=1e-2)):
         z = np.exp(z - z.max(1, keepdims=True))
         z /= z.sum(1, keepdims=True)
     return z
 
 
-def _finite(scores: Array) -> Array:
+def finite(scores: Array) -> Array:
     """Return the scores in float64, far off where they are beyond all bounds."""
     return np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)

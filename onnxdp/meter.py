@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from onnxdp.answers import finite
 from onnxdp.network import Changes, Network, before_softmax
 from onnxdp.pieces import Stream, Tail
 from onnxdp.probes import Probes
@@ -94,10 +95,7 @@ class Meter:
             stream.advance(halt, before)
 
     def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
-        return {
-            n: np.nan_to_num(a.astype(np.float64), posinf=1e30, neginf=-1e30) if a.dtype.kind == "f" else a
-            for n, a in outputs.items()
-        }
+        return {n: finite(a) if a.dtype.kind == "f" else a for n, a in outputs.items()}
 
     def _floating(self) -> Iterator[str]:
         for name in self._all:

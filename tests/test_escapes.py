@@ -164,9 +164,7 @@ def test_codes_stay_near_the_entropy():
         integers = laplace(1 << 16, spread)
         share = np.unique(integers, return_counts=True)[1] / integers.size
         entropy = -float(np.sum(share * np.log2(share)))
-        assert (
-            entropy <= min(bits_of(integers, c) for c in CODED if not c.raw) / integers.size <= entropy + 0.25
-        )
+        assert entropy <= min(bits_of(integers, c) for c in CODED) / integers.size <= entropy + 0.25
 
 
 def test_streams_that_are_left_out_make_files_smaller():

@@ -62,6 +62,11 @@ class Code(NamedTuple):
         return np.int16 if self.raw else np.int8
 
     @property
+    def arrays(self) -> int:
+        """How many arrays of words there are: one of each stream, and one of raw bits."""
+        return len(self.levels) + (self.raw > 0)
+
+    @property
     def unit(self) -> float:
         """What integers are multiplied by: their coded part has steps of 1."""
         return 2.0**-self.raw
@@ -93,7 +98,7 @@ On weights of four networks each is within .05 bits of the best code of up to fi
 from 5.5 bits on: .1 bits more than the entropy at 1.75 to 2.75 bits and as many raw ones, twice that around.
 From 4.25 to 5.5 bits raw ones would save .1, for twice the memory of a weight while a session is made.
 """
-PLAIN = 5.5
+PLAIN = _CODED[-1][0]
 """Bits up to which integers have no raw ones."""
 
 

@@ -166,8 +166,7 @@ def _draw_raw(build: Builder, coded: Coded, shape: Sequence[int]) -> ir.Value:
     """Draw what raw bits stand for, parts of a step of what is coded, in float32."""
     raw = coded.code.raw
     if raw == _BYTE or Packing.best(1 << raw, coded.size, build.opset, streamed=True).digits == 1:
-        numbers = (coded.low.astype(np.int16) - half(raw)).astype(np.int8)
-        held = build.constant("words", numbers.reshape(shape))
+        held = build.constant("words", _centred(coded.low, raw).reshape(shape))
         held = build.node("Cast", [held], "low", to=int(ir.DataType.FLOAT))
         unit = build.constant(f"unit{raw}", np.array(coded.code.unit, np.float32), TERSE)
         return build.node("Mul", [held, unit], "low")
@@ -178,7 +177,12 @@ def _draw_raw(build: Builder, coded: Coded, shape: Sequence[int]) -> ir.Value:
 
 def _raw_words(low: Array, raw: int) -> Array:
     """Pack raw bits; a byte of them is stored as the int8 that it stands for."""
-    return (low ^ np.uint8(half(raw))).view(np.int8) if raw == _BYTE else _packed(1 << raw, low)
+    return _centred(low, raw) if raw == _BYTE else _packed(1 << raw, low)
+
+
+def _centred(low: Array, raw: int) -> Array:
+    """Return the numbers that raw bits stand for, int8."""
+    return (low.astype(np.int16) - half(raw)).astype(np.int8)
 
 
 def _raw_of(words: Array, raw: int, size: int) -> Array:
@@ -187,7 +191,7 @@ def _raw_of(words: Array, raw: int, size: int) -> Array:
         return _unpacked(words, 1 << raw, size)
     if words.dtype != np.int8 or words.shape != (size,):
         raise ValueError(f"{words.shape} {words.dtype} are not {size} bytes.")
-    return words.view(np.uint8) ^ np.uint8(half(raw))
+    return (words.astype(np.int16) + half(raw)).astype(np.uint8)
 
 
 def _packed(levels: int, digits: Array) -> Array:

@@ -338,5 +338,4 @@ def coded_of(weight: Weight, encoded: Encoded) -> Coded:
     code = most._replace(run=run, levels=tuple(levels))
     if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:
         raise ValueError(f"{code} is no {most} cut off.")
-    count = len(levels) + bool(code.raw)
-    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(count)], weight.size)
+    return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(code.arrays)], weight.size)

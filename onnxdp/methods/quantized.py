@@ -102,7 +102,7 @@ class Quantized:
             coded = coded_of(weight, encoded)
         except (ValueError, KeyError, TypeError):
             return False
-        roles = {"code", "scale", *(f"words{k}" for k in range(len(coded.streams) + bool(coded.code.raw)))}
+        roles = {"code", "scale", *(f"words{k}" for k in range(coded.code.arrays))}
         return set(made) == roles
 
     def encode(self, task: Task, params: Params, settings: Settings, *, device: str) -> Encoded:

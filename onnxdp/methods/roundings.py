@@ -10,7 +10,6 @@ from typing import TypeAlias
 import numpy as np
 
 from onnxdp.methods import codes, layout, packing
-from onnxdp.methods.codes import code_for
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
 from onnxdp.methods.problem import NAME, OPSET, Problem, kept
@@ -18,7 +17,7 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
-RATES = tuple(k / 8 for k in range(3, 97))
+RATES = tuple(k / 8 for k in range(3, int(8 * codes.CODES[-1][0]) + 1))
 """Bits of a number that are offered where frequent ones take fewer."""
 FINE = (255, 1625)
 """Numbers of levels that are offered instead of raw bits ..."""
@@ -176,7 +175,7 @@ def _log_levels(way: Way) -> float:
 
 def _unit(way: Way) -> float:
     """Return what steps that are kept are multiplied by to be those between whole numbers."""
-    return code_for(way[1]).unit if way[0] == "bits" else 1.0
+    return codes.code_for(way[1]).unit if way[0] == "bits" else 1.0
 
 
 def along(

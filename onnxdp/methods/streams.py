@@ -104,8 +104,8 @@ def _all(outer: Builder, places: Sequence[Place]) -> None:
             small.append((build, part))
     together = {id(part) for _, part in small}
     joined = [part for _, part in places if id(part) in together]
-    surely = len(joined) >= _SURELY * len({part.kind for part in joined})
-    surely &= sum(part.weight.size for part in joined) > _LOOKED
+    many = sum(part.weight.size for part in joined) > _LOOKED
+    surely = many and len(joined) >= _SURELY * len({part.kind for part in joined})
     if not surely and not _pays(outer.opset, joined):
         together = set()
     for build, part in places:
