@@ -33,7 +33,7 @@ from onnxdp import model as model_file
 from onnxdp import refine, walk
 from onnxdp.build import Builder, nbytes
 from onnxdp.errors import TargetError
-from onnxdp.methods import escapes, packing, streams
+from onnxdp.methods import codes, escapes, packing, streams
 from onnxdp.methods.codes import CODES, MOST, bits_of, code_for, like
 from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
@@ -49,7 +49,7 @@ from onnxdp.settings import Settings
 QUANT = FORMS["quant"]
 CODED = [code for _, code in CODES]
 OPSETS = [11, 13, 17, 21]
-NAMED = pytest.mark.parametrize("code", CODED, ids=lambda c: f"{c.run}x{c.levels[0]}+{c.raw}")
+NAMED = pytest.mark.parametrize("code", CODED, ids=lambda c: f"{'.'.join(map(str, c.levels[:-1]))}+{c.raw}")
 FOLDED = {"Identity", "Cast"}
 """What stands at the outputs of test models."""
 
@@ -104,13 +104,15 @@ def test_any_integers_come_back(code, numbers):
 @settings(max_examples=50, deadline=None)
 def test_a_stream_has_a_digit_for_every_escape_of_the_one_before(code, numbers):
     coded = Coded.of(within(code, numbers), code)
-    assert coded.code.run == code.run and len(coded.streams) == len(coded.code.levels)
-    assert coded.code.levels[:-1] == code.levels[: len(coded.code.levels) - 1]
-    for k, (levels, digits) in enumerate(zip(coded.code.levels, coded.streams, strict=True)):
-        assert digits.max(initial=0) < levels
-        if k < len(coded.streams) - 1:
-            escapes_ = np.count_nonzero(digits == levels - 1)
-            assert len(coded.streams[k + 1]) == escapes_ * (1 if k else code.run)
+    stages = coded.code.stages
+    assert len(coded.streams) == len(stages)
+    begun = stages[:-1] if stages[-1].last else stages
+    assert begun == code.stages[: len(begun)]
+    left = coded.size
+    for stage, digits in zip(stages, coded.streams, strict=True):
+        assert digits.max(initial=0) < stage.levels and len(digits) == -(-left // stage.integers)
+        left = 0 if stage.last else np.count_nonzero(digits == stage.levels - 1) * stage.integers
+    assert left == 0
 
 
 @pytest.mark.parametrize("zeros", [1, 2, 7, 20, 5003])
@@ -129,12 +131,25 @@ def test_zeros_come_back(code, zeros):
 
 @NAMED
 def test_bits_of_several_weights_add_up(code):
-    parts = [meant_for(code, 24 * n, seed=n) for n in (5, 40, 700)]  # whole runs
+    parts = [meant_for(code, n, seed=n) for n in (120, 960, 16_800)]
+    parts = [p[: codes._seams(p, code)[-1]] for p in parts]  # whole digits
+    assert sum(p.size for p in parts) > 15_000
     whole = sum(bits_of(p, code) for p in parts)
     assert bits_of(np.concatenate(parts), code) == pytest.approx(whole, rel=1e-12)
-    # order matters to runs only
-    if code.run == 1:
+    # order matters only where a digit tells of several
+    if all(stage.integers == 1 for stage in code.stages):
         assert bits_of(np.concatenate(parts)[::-1], code) == pytest.approx(whole, rel=1e-12)
+
+
+@NAMED
+@given(numbers=some_integers)
+@settings(max_examples=50, deadline=None)
+def test_what_lies_between_seams_takes_the_same_bits_anywhere(code, numbers):
+    integers = np.resize(within(code, numbers), 3000)
+    seams = codes._seams(integers, code)
+    first, last = seams[len(seams) // 3], seams[-1]
+    turned = np.concatenate([integers[first:last], integers[:first], integers[last:]])
+    assert bits_of(turned, code) == bits_of(integers, code)
 
 
 @NAMED
@@ -177,9 +192,9 @@ def test_streams_that_are_left_out_make_files_smaller():
                 return nbytes(17, lambda build: escapes.draw(build, coded, "w", [coded.size], wide=True))
 
             cut = Coded.of(integers, code)
-            with mock.patch.object(escapes, "cut", lambda code, counts: (0, code)):
+            with mock.patch.object(escapes, "cut", lambda code, found: (0, code)):
                 full = Coded.of(integers, code)
-            if all(len(s) for s in full.streams):
+            if len(full.streams) == len(code.stages):
                 assert whole(cut) <= whole(full) + 64  # what decodes one is about as long as another
 
 

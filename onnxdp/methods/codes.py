@@ -1,10 +1,11 @@
 """Codes: how integers are told by digits of few levels, what bits that takes, and which code is for how many.
 
-Integers up to 126 are ranked 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream of L levels names one
-of the first L - 1 ranks that the streams before it left over, or escapes: then the next stream says what
-stands there. The last stream has no escape. Where most integers are zero, the first stream tells of a run of
-them at once whether there is anything else. Trained weights crowd at zero and reach far, so that it takes up
-to a third fewer bits than digits of one size, for the same error.
+Integers up to 126 are ranked 0 -1 1 -2 2 ...: frequent ones first. A digit of a stream names one of the
+first ranks that the streams before it left over, or escapes: then the next stream says what stands there.
+The last stream has no escape. Where few would escape, a digit tells of two to eight integers at once, and
+escapes where any of them is of none of these ranks: eight zeros in a row, three signs after another.
+Trained weights crowd at zero and reach far, so that it takes up to a third fewer bits than digits of one
+size, for the same error.
 
 Where steps are small, the lowest bits are as good as even: an integer is 2^k h + l, with h coded like this
 and l, -2^(k-1) .. 2^(k-1) - 1, in k raw bits.
@@ -17,8 +18,9 @@ Shannon 1948: no code takes less than the entropy. method.md 4.4.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -36,20 +38,42 @@ _ENOUGH = 1 << 16
 """Integers that stand for more."""
 _UNDER = 1 - 2.0**-11
 """Share of their bits that these take, so that no part of them takes more."""
-_WHOLE = 24
-"""Integers that are whole runs of every code."""
 _MIXED = 0.35
 """Deviation of the logarithm of the sizes that normal numbers are mixed of, to be like weights."""
 _DRAWN = 120
 """Bytes of the operators that decode one stream, about."""
 
 
-class Code(NamedTuple):
-    """``run`` integers that a digit of the first stream tells of; levels of the streams; raw bits below."""
+class Stage(NamedTuple):
+    """One stream: a digit tells of so many ``integers``, each of the next ``ranks`` ranks, or escapes."""
 
-    run: int
-    levels: tuple[int, ...]
+    integers: int
+    ranks: int
+    last: bool = False
+    """Whether nothing escapes; a digit tells of one integer then."""
+
+    @property
+    def levels(self) -> int:
+        """Of a digit."""
+        return int(self.ranks**self.integers) + (not self.last)
+
+
+class Code(NamedTuple):
+    """The streams, of which the last one ends the code, and how many raw bits lie below."""
+
+    stages: tuple[Stage, ...]
     raw: int = 0
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the digits of each stream."""
+        return tuple(stage.levels for stage in self.stages)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First rank that each stream names: after a digit of several integers, any rank may be left over."""
+        single = (0 if stage.integers > 1 else stage.ranks for stage in self.stages[:-1])
+        return tuple(accumulate(single, initial=0))
 
     @property
     def most(self) -> int:
@@ -64,7 +88,7 @@ class Code(NamedTuple):
     @property
     def arrays(self) -> int:
         """How many arrays of words there are: one of each stream, and one of raw bits."""
-        return len(self.levels) + (self.raw > 0)
+        return len(self.stages) + (self.raw > 0)
 
     @property
     def unit(self) -> float:
@@ -74,29 +98,39 @@ class Code(NamedTuple):
 
 _LAST = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255)
 """Levels that a last stream may have: the most for each number of digits that a word holds."""
+
+
+def _code(*stages: tuple[int, int] | int, raw: int = 0) -> Code:
+    """Return a code of stages (integers, ranks), or ranks of one integer; the last of all others."""
+    told = (Stage(1, s) if isinstance(s, int) else Stage(*s) for s in stages)
+    return Code((*told, Stage(1, _LAST[-1], last=True)), raw)
+
+
 _CODED = (
-    (2.25, (2, 3, 3, 7, 255)),
-    (2.75, (4, 3, 3, 9, 255)),
-    (3.25, (4, 4, 4, 9, 255)),
-    (3.5, (6, 4, 4, 11, 255)),
-    (4.0, (9, 9, 9, 16, 255)),
-    (5.0, (16, 16, 16, 40, 255)),
-    (5.5, (23, 23, 23, 40, 255)),
+    (2.25, (1, 2, 2, 6)),
+    (2.75, (3, 2, 2, 8)),
+    (3.25, (3, 3, 3, 8)),
+    (3.5, (5, 3, 3, 10)),
+    (4.0, (8, 8, 8, 15)),
+    (5.0, (15, 15, 15, 39)),
+    (5.5, (22, 22, 22, 39)),
 )
 CODES = (
-    (0.5, Code(8, (2, 2, 2, 2, 3, 255))),
-    (0.875, Code(4, (2, 2, 2, 2, 3, 255))),
-    (1.375, Code(3, (2, 2, 3, 3, 6, 255))),
-    *((most, Code(1, levels)) for most, levels in _CODED),
-    (6.0, Code(1, (9, 9, 9, 16, 255), 2)),
-    *((most + 4, Code(1, levels, 4)) for most, levels in _CODED),
-    *((most + 8, Code(1, levels, 8)) for most, levels in _CODED[:5]),
+    (0.875, _code((8, 1), (3, 1), 1, (3, 2))),
+    (1.375, _code((3, 1), 1, (3, 2), (3, 4))),
+    (1.625, _code(1, (3, 2), 2, (3, 2))),
+    (1.875, _code(1, 1, (2, 1), (2, 3))),
+    *((most, _code(*stages)) for most, stages in _CODED),
+    (6.0, _code(8, 8, 8, 15, raw=2)),
+    *((most + 4, _code(*stages, raw=4)) for most, stages in _CODED),
+    *((most + 8, _code(*stages, raw=8)) for most, stages in _CODED[:5]),
 )
 """Codes, each with the most bits of an integer that it is for.
 
-On weights of four networks each is within .05 bits of the best code of up to five streams, and of raw bits
-from 5.5 bits on: .1 bits more than the entropy at 1.75 to 2.75 bits and as many raw ones, twice that around.
-From 4.25 to 5.5 bits raw ones would save .1, for twice the memory of a weight while a session is made.
+Each is within .02 bits of the best code of up to five streams, found by going through all whose levels fill
+words well, for weights of ResNet-20 and MobileNet and for numbers like them: .05 to .1 bits more than the
+entropy up to 2.75 bits and as many raw ones, twice that and more around. From 4.25 to 5.5 bits raw ones would
+save .1, for twice the memory of a weight while a session is made.
 """
 PLAIN = _CODED[-1][0]
 """Bits up to which integers have no raw ones."""
@@ -109,33 +143,29 @@ def code_for(bits: float) -> Code:
 
 def least_bits(code: Code) -> float:
     """Return the bits of an integer below which hardly any could be other than zero."""
-    return code.raw + _ABOVE * _bits(code.levels[0]) / code.run
+    return code.raw + _ABOVE * _bits(code.levels[0]) / code.stages[0].integers
 
 
 def bits_of(integers: Array, code: Code) -> float:
-    """Return the bits of a code's digits, packed without a rest: those of several weights add up."""
-    told, ranks = apart(halves(integers, code.raw)[0], code.run)
-    levels = code.levels if told is None else code.levels[1:]
-    left = _left(tally(ranks))
-    starts = np.cumsum([0, *(n - 1 for n in levels[:-1])])
-    bits = sum(float(left[s]) * _bits(n) for s, n in zip(starts, levels, strict=True))
-    bits += integers.size * code.raw
-    return bits if told is None else bits + told.size * _bits(2)
+    """Return the bits of a code's digits, packed without a rest: those of several weights nearly add up."""
+    digits = Tally.of(ranks_of(halves(integers, code.raw)[0]), code).digits
+    bits = sum(float(count) * _bits(levels) for count, levels in zip(digits, code.levels, strict=True))
+    return bits + integers.size * code.raw
 
 
 def like(name: str, size: int, bits: float) -> Array:
     """Return integers (size,) that take at most so many bits each, the same for a name every time."""
     times = -(-size // _ENOUGH)
-    few = _some(-(-size // (times * _WHOLE)) * _WHOLE, bits) if times > 1 else _some(size, bits)
-    whole = len(few) // _WHOLE * _WHOLE
-    start = zlib.crc32(name.encode()) % max(whole, 1) // _WHOLE * _WHOLE  # runs stay as they are
-    made: Array = np.resize(np.append(np.roll(few[:whole], start), few[whole:]), size)
+    few, seams = _some(-(-size // times), bits)
+    start, period = seams[zlib.crc32(name.encode()) % len(seams)], seams[-1]
+    turned = np.roll(few[:period], -start)
+    made: Array = np.resize(turned, size) if times > 1 else np.append(turned, few[period:])
     return made
 
 
 @lru_cache(maxsize=256)
-def _some(size: int, bits: float) -> Array:
-    """Return integers whose sizes fall off as those of weights do."""
+def _some(size: int, bits: float) -> tuple[Array, Array]:
+    """Return integers whose sizes fall off as those of weights do, and their seams."""
     code = code_for(bits)
     rng = np.random.default_rng(0)
     drawn = rng.standard_normal(size) * np.exp(_MIXED * rng.standard_normal(size))
@@ -148,11 +178,29 @@ def _some(size: int, bits: float) -> Array:
     low, high = -6.0, 12.0
     for _ in range(24):
         middle = (low + high) / 2
-        if bits_of(rounded(2.0**middle), code) > bits * size * _UNDER:
-            high = middle
-        else:
-            low = middle
-    return rounded(2.0**low)
+        low, high = (middle, high) if _fits(rounded(2.0**middle), code, bits) else (low, middle)
+    made = rounded(2.0**low)
+    seams = _seams(made, code)
+    if size > _ENOUGH // 2:  # what repeats must take no more, either
+        fits = (k for k in range(len(seams), 1, -1) if _fits(made[: seams[k - 1]], code, bits))
+        seams = seams[: next(fits, len(seams))]
+    return made, seams
+
+
+def _fits(integers: Array, code: Code, bits: float) -> bool:
+    return bits_of(integers, code) <= bits * integers.size * _UNDER
+
+
+def _seams(integers: Array, code: Code) -> Array:
+    """Return the places where digits of all streams begin: what lies between takes the same anywhere."""
+    ranks = ranks_of(halves(integers, code.raw)[0])
+    places = inner = np.arange(ranks.size + 1)
+    for stage, left in zip(code.stages, lefts(ranks, code), strict=False):
+        whole = inner % stage.integers == 0
+        places, begun = places[whole], inner[whole] // stage.integers
+        escapes = np.append(0, np.cumsum(escaping(rows_of(left, stage), stage)))
+        inner = escapes[begun] * stage.integers
+    return places
 
 
 def common(parts: Sequence[tuple[Array, Code]]) -> dict[Code, Code]:
@@ -165,17 +213,14 @@ def common(parts: Sequence[tuple[Array, Code]]) -> dict[Code, Code]:
         alike = [[part for part in parts if part[1].raw == raw] for raw in raws]
         return {own: code for some in alike for own, code in common(some).items()}
     codes = sorted({code for _, code in parts})
-    seen: dict[tuple[Code, int], tuple[int, Array]] = {}
-    for code in codes:
-        own = [halves(integers, code.raw)[0] for integers, of in parts if of == code]
-        for run in {code.run for code in codes}:
-            ranked = [apart(integers, run) for integers in own]
-            digits = sum(0 if told is None else told.size for told, _ in ranked)
-            seen[code, run] = digits, sum((tally(ranks) for _, ranks in ranked), np.zeros(1, np.int64))
+    seen: dict[tuple[Code, Code], Tally] = {}
+    for own in codes:
+        ranks = [ranks_of(halves(integers, own.raw)[0]) for integers, of in parts if of == own]
+        for code in codes:
+            seen[own, code] = Tally.sum([Tally.of(some, code) for some in ranks])
 
     def taken(members: Sequence[Code], code: Code) -> float:
-        digits, counts = zip(*(seen[m, code.run] for m in members), strict=True)
-        return float(sum(digits) * _bits(2) + cut(code, sum(counts))[0])
+        return cut(code, Tally.sum([seen[m, code] for m in members]))[0]
 
     groups = {code: [code] for code in codes}
     while len(groups) > 1:
@@ -192,22 +237,54 @@ def common(parts: Sequence[tuple[Array, Code]]) -> dict[Code, Code]:
     return {member: code for code, members in groups.items() for member in members}
 
 
-def cut(code: Code, counts: Array) -> tuple[float, Code]:
-    """Return the code, its last stream where that takes the fewest bytes, of no more levels than needed.
+class Tally(NamedTuple):
+    """For each stream of a code: ``digits`` it takes, integers ``left`` for it, their ``largest`` rank."""
 
-    Also returns the bits of its digits, those of runs not, and of all operators.
+    digits: Array
+    left: Array
+    largest: Array
+
+    @classmethod
+    def of(cls, ranks: Array, code: Code) -> Tally:
+        """Look at ranks (size,), uint8."""
+        found = np.zeros((3, len(code.stages)), np.int64)
+        single = [stage.integers == 1 for stage in code.stages]
+        k = len(single) - single[::-1].index(False) if False in single else 0
+        for i, left in enumerate(lefts(ranks, code, most=k)):
+            if i < k:
+                found[:, i] = -(-left.size // code.stages[i].integers), left.size, left.max(initial=0)
+            else:  # what comes after is told by how many of each rank there are
+                counts = np.bincount(left, minlength=1)
+                beyond = np.append(np.cumsum(counts[::-1])[::-1], 0)
+                for m, start in enumerate(code.starts[k:], k):
+                    n = beyond[min(start - code.starts[k], counts.size)]
+                    found[:, m] = n, n, max(counts.size - 1 - (start - code.starts[k]), 0)
+        return cls(*found)
+
+    @classmethod
+    def sum(cls, tallies: Sequence[Tally]) -> Tally:
+        """Take several arrays for one."""
+        digits, left, largest = (np.stack(of) for of in zip(*tallies, strict=True))
+        return cls(digits.sum(axis=0), left.sum(axis=0), largest.max(axis=0))
+
+
+def cut(code: Code, found: Tally) -> tuple[float, Code]:
+    """Return the code, ended where that takes the fewest bytes: by a last stream, or where nothing is left.
+
+    Also returns the bits of its digits and of all operators.
     """
-    first = code.run > 1
-    most, left = int(np.flatnonzero(counts).max(initial=0)), _left(counts)
-    found, before, start = [], 0.0, 0
-    for k, n in enumerate(code.levels[first:]):
-        last = next(m for m in _LAST if m > most - start)
-        found.append((before + left[start] * _bits(last) + 8 * _DRAWN * (k + 1 + first), k, last))
-        if most < start + n - 1:
+    ends: list[tuple[float, int, Stage]] = []
+    before = 0.0
+    for k, stage in enumerate(code.stages):
+        last = Stage(1, next(m for m in _LAST if m > found.largest[k]), last=True)
+        operators = 8 * _DRAWN * (k + 1)
+        ends.append((before + float(found.left[k]) * _bits(last.levels) + operators, k, last))
+        before += float(found.digits[k]) * _bits(stage.levels)
+        if k + 1 < len(code.stages) and not found.left[k + 1]:
+            ends.append((before + operators, k, stage))
             break
-        before, start = before + left[start] * _bits(n), start + n - 1
-    bits, k, last = min(found)
-    return float(bits), code._replace(levels=(*code.levels[: k + first], last))
+    bits, k, end = min(ends)
+    return bits, code._replace(stages=(*code.stages[:k], end))
 
 
 def halves(integers: Array, raw: int) -> tuple[Array, Array]:
@@ -223,32 +300,51 @@ def half(raw: int) -> int:
     return 1 << raw >> 1
 
 
-def apart(integers: Array, run: int) -> tuple[Array | None, Array]:
-    """Return which runs are told of, None where there are no runs, and the ranks of the integers in these."""
-    ranks = _ranks(integers)
-    if run == 1:
-        return None, ranks
-    rows = np.pad(ranks, (0, -len(ranks) % run)).reshape(-1, run)
-    told = np.asarray(rows.any(axis=1))
-    return told, rows[told].reshape(-1)
-
-
-def _ranks(integers: Array) -> Array:
+def ranks_of(integers: Array) -> Array:
     """Return the place of each integer in 0 -1 1 -2 2 ..., uint8."""
-    wide = integers.astype(np.int16)
-    ranks: Array = np.where(wide < 0, -2 * wide - 1, 2 * wide).astype(np.uint8)
+    ranks: Array = ((integers << 1) ^ (integers >> 7)).view(np.uint8)  # in eight bits, which may overflow
     return ranks
 
 
-def tally(ranks: Array) -> Array:
-    """Count each rank."""
-    return np.bincount(ranks, minlength=2 * MOST + 1)
+def lefts(ranks: Array, code: Code, most: int | None = None) -> Iterator[Array]:
+    """Give the ranks that are left for each stream, from its first one on, until there are none.
+
+    No stream but ``most`` is taken off, where that is said.
+    """
+    for k, stage in enumerate(code.stages):
+        if not ranks.size:
+            return
+        yield ranks
+        if stage.last or k == most:
+            return
+        rows = rows_of(ranks, stage)
+        ranks = rows[escaping(rows, stage)].reshape(-1)
+        if stage.integers == 1:
+            ranks -= np.uint8(stage.ranks)
 
 
-def _left(counts: Array) -> Array:
-    """Return how many there are of each rank and above."""
-    left: Array = np.append(np.cumsum(counts[::-1])[::-1], 0)
-    return left
+def streams_of(ranks: Array, code: Code) -> Iterator[Array]:
+    """Give the digits of each stream, uint8, until nothing is left."""
+    for stage, left in zip(code.stages, lefts(ranks, code), strict=False):
+        rows = rows_of(left, stage)
+        digits = rows[:, -1]
+        for place in range(stage.integers - 2, -1, -1):
+            digits = digits * np.uint8(stage.ranks) + rows[:, place]
+        if not stage.last:
+            digits = np.where(escaping(rows, stage), np.uint8(stage.levels - 1), digits)
+        yield digits
+
+
+def rows_of(ranks: Array, stage: Stage) -> Array:
+    """Return what each digit tells of, (digits, integers), filled up with the first rank."""
+    over = -ranks.size % stage.integers
+    return (np.pad(ranks, (0, over)) if over else ranks).reshape(-1, stage.integers)
+
+
+def escaping(rows: Array, stage: Stage) -> Array:
+    """Say of which rows a digit does not tell."""
+    most: Array = rows[:, 0] if stage.integers == 1 else rows.max(axis=1)
+    return np.asarray(most >= stage.ranks)
 
 
 @cache

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from onnxdp.build import TERSE, Builder
 from onnxdp.methods import packing
-from onnxdp.methods.codes import MOST, SINCE, Code, apart, cut, half, halves, tally
+from onnxdp.methods.codes import MOST, SINCE, Code, Tally, cut, half, halves, ranks_of, streams_of
 from onnxdp.methods.packing import Grid, Packing
 from onnxdp.records import Array
 
@@ -42,7 +42,7 @@ class Coded:
     streams : tuple of ndarray, uint8
         Digits of each.
     size : int
-        Number of integers; the first stream may tell of some more, zeros.
+        Number of integers; a digit of several may tell of some more, zeros.
     low : ndarray of shape (size,), uint8
         Raw bits; none, (0,), of a code without.
     """
@@ -56,17 +56,18 @@ class Coded:
     def of(cls, integers: Array, code: Code) -> Coded:
         """Write integers (size,), int8 or int16, in a code, cut off where the rest is a few bytes."""
         high, low = halves(integers, code.raw)
-        told, ranks = apart(high, code.run)
-        streams = [] if told is None else [told.astype(np.uint8)]
-        if not ranks.size:
-            return cls(code._replace(levels=code.levels[:1]), tuple(streams), integers.size, low)
-        _, code = cut(code, tally(ranks))
-        levels = code.levels[len(streams) :]
-        for left, count in zip(range(len(levels) - 1, -1, -1), levels, strict=True):
-            streams.append(np.minimum(ranks, count - 1).astype(np.uint8))
-            if left:
-                ranks = ranks[ranks >= count - 1] - np.uint8(count - 1)
-        return cls(code, tuple(streams), integers.size, low)
+        ranks = ranks_of(high)
+        _, code = cut(code, Tally.of(ranks, code))
+        return cls(code, tuple(streams_of(ranks, code)), integers.size, low)
+
+    @property
+    def lefts(self) -> list[int]:
+        """Integers that each stream is for."""
+        escapes = (
+            int(np.count_nonzero(digits == stage.levels - 1)) * stage.integers
+            for stage, digits in zip(self.code.stages[:-1], self.streams, strict=False)
+        )
+        return [self.size, *escapes]
 
     @classmethod
     def unpacked(cls, code: Code, words: Sequence[Array], size: int) -> Coded:
@@ -78,14 +79,17 @@ class Coded:
             They are not words of that code, or of another number of integers.
         """
         streams: list[Array] = []
-        low, count = np.empty(0, np.uint8), -(-size // code.run)
+        low, left = np.empty(0, np.uint8), size
         if code.raw:
             *words, held = words
             low = _raw_of(held, code.raw, size)
-        for k, (levels, held) in enumerate(zip(code.levels, words, strict=True)):
-            digits = _unpacked(held, levels, count)
+        for stage, held in zip(code.stages, words, strict=True):
+            digits = _unpacked(held, stage.levels, -(-left // stage.integers))
             streams.append(digits)
-            count = int(np.count_nonzero(digits == levels - 1)) * (1 if k else code.run)
+            escapes = 0 if stage.last else int(np.count_nonzero(digits == stage.levels - 1))
+            left = escapes * stage.integers
+        if left:
+            raise ValueError(f"{left} integers are left over.")
         return cls(code, tuple(streams), size, low)
 
     def words(self) -> tuple[Array, ...]:
@@ -95,15 +99,13 @@ class Coded:
 
     def integers(self) -> Array:
         """Give the integers back, (size,) int8 or int16."""
-        value: Array | None = None
+        value = np.empty(0, np.int8)
         for k in range(len(self.streams) - 1, -1, -1):
-            digits = _grid(self.code, k).values[self.streams[k]]
-            if k == 0:
-                digits = np.repeat(digits, self.code.run)
-            if value is not None:
-                digits[digits == _ESCAPE] = value
-            value = digits
-        assert value is not None
+            numbers = _grid(self.code, k).values[self.streams[k]].reshape(-1)
+            if k + 1 < len(self.streams):
+                escapes = numbers == _ESCAPE
+                numbers[escapes] = value[: np.count_nonzero(escapes)]
+            value = numbers
         value = value[: self.size]
         if not self.code.raw:
             return value
@@ -126,39 +128,30 @@ def draw(
     none too many.
     """
     build = build.outer  # there the length of what Compress gives can be told
-    run, levels, raw = coded.code
+    stages, raw = coded.code
     value: ir.Value | None = None
     over = 0
-    for k in range(len(levels) - 1, -1, -1):
-        digits = coded.streams[k]
+    left = coded.lefts
+    for k in range(len(stages) - 1, -1, -1):
         grid = _grid(coded.code, k)._replace(wide=wide)
-        drawn, more = packing.stream(build, digits, grid, f"{name}.{k}")
-        if k == 0:
-            count = digits.size + more
-            if run > 1:
-                told = build.reshape(drawn, [count, 1], "told")
-                drawn = build.node("Expand", [told, build.ints([1, run])], "runs")
-                drawn = build.reshape(drawn, [count * run], "flat")
-            count *= run
-            over = count - coded.size
-        else:
-            count = digits.size
-            drawn = packing.head(build, drawn, 0, count) if more else drawn
+        drawn, more = packing.stream(build, coded.streams[k], grid, f"{name}.{k}")
+        count = coded.streams[k].size * stages[k].integers + more
         if value is not None:
             kind = np.int16 if wide else np.int8
             escape = build.constant("escape16" if wide else "escape", np.array(_ESCAPE, kind), TERSE)
             escapes = build.node("Equal", [drawn, escape], "escapes")
             places = build.node("Compress", [build.counted(count), escapes], "places")
-            build.tell(places, ir.DataType.INT32, (coded.streams[k + 1].size,))
+            build.tell(places, ir.DataType.INT32, (left[k + 1],))
             drawn = build.node("ScatterElements", [drawn, places, value], "integers")
-        value = drawn
+        over = count - left[k]
+        value = packing.head(build, drawn, 0, left[k]) if over and k else drawn
     assert value is not None
     if not raw:
         return value, over
     value = packing.head(build, value, 0, coded.size) if over else value
     value = build.reshape(value, shape, "shaped")
     value = build.node("Cast", [value], "high", to=int(ir.DataType.FLOAT))
-    low = _draw_raw(build.named(f"{name}.{len(levels)}"), coded, shape)
+    low = _draw_raw(build.named(f"{name}.{len(stages)}"), coded, shape)
     return build.node("Add", [value, low], "numbers"), 0
 
 
@@ -208,13 +201,14 @@ def _unpacked(words: Array, levels: int, count: int) -> Array:
 
 
 def _grid(code: Code, stream: int) -> Grid:
-    """Return what the digits of a stream stand for; of one that tells of runs: zeros, or escapes."""
-    levels = code.levels[stream]
-    if stream == 0 and code.run > 1:
-        return Grid(f"E{code.run}", (0, _ESCAPE))
-    start = sum(n - 1 for n in code.levels[1 if code.run > 1 else 0 : stream])
-    ranks = [min(r, 2 * MOST) for r in range(start, start + levels)]
+    """Return what the digits of a stream stand for: integers, or escapes."""
+    stage, start = code.stages[stream], code.starts[stream]
+    ranks = (min(r, 2 * MOST) for r in range(start, start + stage.ranks))
     numbers = [-(r + 1) // 2 if r % 2 else r // 2 for r in ranks]
-    if stream == len(code.levels) - 1:
-        return Grid(f"E{start}.{levels}.", tuple(numbers))
-    return Grid(f"E{start}.{levels}", (*numbers[:-1], _ESCAPE))
+    if stage.last:
+        return Grid(f"E{start}.{stage.ranks}.", tuple(numbers))
+    places = range(stage.integers)
+    told = (numbers[d // stage.ranks**i % stage.ranks] for d in range(stage.levels - 1) for i in places)
+    return Grid(
+        f"E{start}.{stage.integers}.{stage.ranks}", (*told, *[_ESCAPE] * stage.integers), width=stage.integers
+    )

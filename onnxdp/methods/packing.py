@@ -175,6 +175,13 @@ class Grid(NamedTuple):
     numbers: tuple[float, ...]
     wide: bool = False
     """Whether they are drawn in 16 bits, though 8 would hold them."""
+    width: int = 1
+    """Numbers that one digit stands for."""
+
+    @property
+    def levels(self) -> int:
+        """Of a digit."""
+        return len(self.numbers) // self.width
 
     @classmethod
     @cache
@@ -186,10 +193,10 @@ class Grid(NamedTuple):
 
     @property
     def values(self) -> Array:
-        """The numbers, (levels,) int8 or int16; float32 where they are no integers."""
-        if not all(float(n).is_integer() for n in self.numbers):
-            return np.array(self.numbers, np.float32)
-        return np.array(self.numbers, np.int16 if is_wide(len(self.numbers)) else np.int8)
+        """The numbers, (levels,) int8 or int16, float32 where they are no integers; (levels, width)."""
+        whole = all(float(n).is_integer() for n in self.numbers)
+        kind = np.float32 if not whole else np.int16 if is_wide(self.levels) else np.int8
+        return np.array(self.numbers, kind).reshape((-1, self.width) if self.width > 1 else (-1,))
 
 
 def draw(build: Builder, packing: Packing, words: Array, shape: Sequence[int]) -> ir.Value:
@@ -214,11 +221,11 @@ def stream(
 
     They are in a row, or in a shape where that holds all, with none too many.
     """
-    packed = Packing.best(len(grid.numbers), digits.size, build.opset, streamed=True)
+    packed = Packing.best(grid.levels, digits.size, build.opset, streamed=True)
     over = -digits.size % packed.digits
-    shape = [digits.size + over] if over or not shape else shape
+    shape = [(digits.size + over) * grid.width] if over or not shape else shape
     value = _row(build, packed, packed.pack(digits), grid, name, shape, divided=digits.size <= _SPREAD)
-    return value, over
+    return value, over * grid.width
 
 
 def _row(
@@ -232,7 +239,7 @@ def _row(
     divided: bool,
 ) -> ir.Value:
     """Draw what the digits of all words stand for, one after the other."""
-    if packed.digits == 1:
+    if packed.digits == grid.width == 1:
         held = build.named(name).constant("words", grid.values[words].reshape(shape))
         return _widened(build, held, grid)
     if build.opset < 10 or not divided:
@@ -281,14 +288,14 @@ def _rows(build: Builder, packing: Packing, words: Array, grid: Grid) -> ir.Valu
     value = build.node("Gather", [_table(build, grid, length), value], "digits")
     if parts * length == count:
         return value
-    return head(build, build.reshape(value, [0, -1], "digits"), 1, count)
+    return head(build, build.reshape(value, [0, -1], "digits"), 1, count * grid.width)
 
 
 def _drawn(build: Builder, grid: Grid) -> ir.Value:
     """Draw what single digits stand for, (levels,) int8 or int16, once for all weights."""
-    if not is_wide(len(grid.numbers)) or build.opset < 11:
+    if not is_wide(grid.levels) or build.opset < 11:
         return _widened(build.outer, build.outer.constant("x1", grid.values, f"{TERSE}.{grid.name}"), grid)
-    return build.outer.once(f"grid {grid.name}", lambda: _counted(build.outer, len(grid.numbers)))
+    return build.outer.once(f"grid {grid.name}", lambda: _counted(build.outer, grid.levels))
 
 
 def _counted(build: Builder, levels: int) -> ir.Value:
@@ -307,7 +314,7 @@ def _parts(packing: Packing) -> tuple[int, int]:
 
 def _table(build: Builder, grid: Grid, digits: int) -> ir.Value:
     """Draw the table of all words of so many digits, (L^digits, digits), once for all weights."""
-    outer, levels = build.outer, len(grid.numbers)
+    outer, levels = build.outer, grid.levels
     if is_wide(levels):  # more digits than one would be too many rows
         return outer.once(f"column {grid.name}", lambda: outer.reshape(_drawn(build, grid), [-1, 1], "x1"))
     form = _generated if _generates(levels, digits, build.opset) else _stored
@@ -325,9 +332,10 @@ def _generates(levels: int, digits: int, opset: int) -> bool:
 
 
 def _stored(build: Builder, grid: Grid, digits: int) -> ir.Value:
-    levels = len(grid.numbers)
+    levels = grid.levels
     numbers = np.arange(levels**digits)[:, None] // levels ** np.arange(digits) % levels
-    return _widened(build, build.constant(f"x{digits}", grid.values[numbers], f"{TERSE}.{grid.name}"), grid)
+    rows = grid.values[numbers].reshape(len(numbers), -1)
+    return _widened(build, build.constant(f"x{digits}", rows, f"{TERSE}.{grid.name}"), grid)
 
 
 def _widened(build: Builder, value: ir.Value, grid: Grid) -> ir.Value:
@@ -336,13 +344,16 @@ def _widened(build: Builder, value: ir.Value, grid: Grid) -> ir.Value:
 
 def _generated(build: Builder, grid: Grid, digits: int) -> ir.Value:
     """Take the numbers 0, 1, ... apart, in int32, which runtimes divide alike."""
-    levels = len(grid.numbers)
+    levels = grid.levels
     scalars = (build.integers(np.array(n, np.int32)) for n in (0, levels**digits, 1))
     numbers = build.node("Range", list(scalars), "numbers")
     places = np.array([[levels**j] for j in range(digits)], np.int32)
     value = build.node("Div", [numbers, build.integers(places)], "shifted")
     value = build.node("Mod", [value, build.integers(np.array(levels, np.int32))], "digits")
     value = build.node("Gather", [_drawn(build, grid), value], "centred")
+    if grid.width > 1:
+        value = build.node("Transpose", [value], "rows", perm=[1, 0, 2])
+        return build.reshape(value, [0, -1], "table")
     return build.node("Transpose", [value], "table")  # last to first: without perm it turns a matrix
 
 

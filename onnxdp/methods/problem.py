@@ -17,7 +17,7 @@ import numpy as np
 from onnxdp import arrays
 from onnxdp.build import half_of
 from onnxdp.methods import layout, packing
-from onnxdp.methods.codes import Code, bits_of, code_for, least_bits
+from onnxdp.methods.codes import Code, Stage, bits_of, code_for, least_bits
 from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
@@ -328,14 +328,16 @@ def words_of(integers: Array, params: Params) -> dict[str, Array]:
     coded = Coded.of(integers, code_for(float(params["bits"])))
     words = coded.words()
     named = {f"words{k}": w for k, w in enumerate(words)}
-    return {"code": np.array([coded.code.run, *coded.code.levels], np.uint8)} | named
+    return {"code": np.array(coded.code.stages, np.uint8)} | named
 
 
 def coded_of(weight: Weight, encoded: Encoded) -> Coded:
     """Undo :func:`words_of`."""
-    run, *levels = encoded.arrays["code"].tolist()
     most = code_for(float(encoded.params["bits"]))
-    code = most._replace(run=run, levels=tuple(levels))
-    if run != most.run or not levels or code.levels[:-1] != most.levels[: len(levels) - 1]:
+    told = encoded.arrays["code"]
+    stages = tuple(Stage(int(c), int(r), bool(last)) for c, r, last in told.reshape(-1, 3))
+    code = most._replace(stages=stages)
+    begun = stages[:-1] if stages and stages[-1].last else stages
+    if not stages or begun != most.stages[: len(begun)] or any(stage.last for stage in begun):
         raise ValueError(f"{code} is no {most} cut off.")
     return Coded.unpacked(code, [encoded.arrays[f"words{k}"] for k in range(code.arrays)], weight.size)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -72,7 +73,7 @@ class Part:
         """What parts have in common whose integers are drawn together: a number of levels, or a code."""
         if isinstance(self.code, Packing):
             return (self.code.levels,)
-        return (self.code.raw, self.code.run, *self.code.levels)
+        return (self.code.raw, *chain.from_iterable(self.code.stages))
 
     @property
     def row(self) -> tuple[str, tuple[int, ...]] | None:
@@ -231,7 +232,7 @@ def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
     if isinstance(code, Code):
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
         coded = Coded.of(np.concatenate(integers), code)
-        name = f"{TERSE}.{code.raw}.{code.run}.{code.levels[0]}"
+        name = f"{TERSE}.{'.'.join(str(int(n)) for n in parts[0].kind)}"
         return escapes.draw(build, coded, name, [coded.size], wide=True)
     digits = [
         p.code.unpack(p.words, p.weight.size)
