@@ -9,7 +9,6 @@ from unittest import mock
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,12 +173,12 @@ def test_bits_are_those_of_the_words(code):
 
 
 def test_codes_stay_near_the_entropy():
-    """Sizes that fall off exponentially are within a quarter of a bit, at few bits."""
+    """Sizes that fall off exponentially are within a fifth of a bit, at few bits."""
     for spread in np.geomspace(0.15, 1.6, 12):
         integers = laplace(1 << 16, spread)
         share = np.unique(integers, return_counts=True)[1] / integers.size
         entropy = -float(np.sum(share * np.log2(share)))
-        assert entropy <= min(bits_of(integers, c) for c in CODED) / integers.size <= entropy + 0.25
+        assert entropy <= min(bits_of(integers, c) for c in CODED) / integers.size <= entropy + 0.2
 
 
 def test_streams_that_are_left_out_make_files_smaller():
@@ -222,9 +221,7 @@ def drawn_integers(opset, cases):
     values = []
     for i, (code, integers) in enumerate(cases):
         build = Builder(made.graph, f"w{i}", paper)
-        value, over = escapes.draw(build, Coded.of(integers, code), f"w{i}", [integers.size], wide=i % 2 == 1)
-        value = packing.head(build, value, 0, integers.size) if over else value
-        value = build.node("Cast", [value], "float", to=int(ir.DataType.FLOAT))
+        value = escapes.draw(build, Coded.of(integers, code), f"w{i}", [integers.size], wide=i % 2 == 1)
         values.append(build.node("Div", [value, build.constant("unit", np.float32(code.unit))], "integers"))
         assert not build.nodes  # constants only
     return finished(made, paper, values, [1] * len(cases))

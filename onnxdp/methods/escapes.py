@@ -119,19 +119,24 @@ class Coded:
         return value
 
 
-def draw(
-    build: Builder, coded: Coded, name: str, shape: Sequence[int], *, wide: bool
-) -> tuple[ir.Value, int]:
-    """Draw the integers, and by how many zeros too many.
+def draw(build: Builder, coded: Coded, name: str, shape: Sequence[int], *, wide: bool) -> ir.Value:
+    """Draw the integers times :attr:`Code.unit`, float32 of ``shape``; ``wide`` as in :func:`draw_row`."""
+    value, over = draw_row(build, coded, name, wide=wide)
+    value = packing.head(build, value, 0, coded.size) if over else value
+    value = build.reshape(value, shape, "shaped")
+    value = build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT))
+    if not coded.code.raw:
+        return value
+    low = _draw_raw(build.named(f"{name}.{len(coded.code.stages)}"), coded, shape)
+    return build.node("Add", [value, low], "numbers")
 
-    They are int8 or (``wide``) int16 in a row; with raw bits float32 of a shape, times :attr:`Code.unit`, and
-    none too many.
-    """
+
+def draw_row(build: Builder, coded: Coded, name: str, *, wide: bool) -> tuple[ir.Value, int]:
+    """Draw what is coded in a row, int8 or (``wide``) int16, raw bits not; and how many are too many."""
     build = build.outer  # there the length of what Compress gives can be told
-    stages, raw = coded.code
+    stages, left = coded.code.stages, coded.lefts
     value: ir.Value | None = None
     over = 0
-    left = coded.lefts
     for k in range(len(stages) - 1, -1, -1):
         grid = _grid(coded.code, k)._replace(wide=wide)
         drawn, more = packing.stream(build, coded.streams[k], grid, f"{name}.{k}")
@@ -146,13 +151,7 @@ def draw(
         over = count - left[k]
         value = packing.head(build, drawn, 0, left[k]) if over and k else drawn
     assert value is not None
-    if not raw:
-        return value, over
-    value = packing.head(build, value, 0, coded.size) if over else value
-    value = build.reshape(value, shape, "shaped")
-    value = build.node("Cast", [value], "high", to=int(ir.DataType.FLOAT))
-    low = _draw_raw(build.named(f"{name}.{len(stages)}"), coded, shape)
-    return build.node("Add", [value, low], "numbers"), 0
+    return value, over
 
 
 def _draw_raw(build: Builder, coded: Coded, shape: Sequence[int]) -> ir.Value:

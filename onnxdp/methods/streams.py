@@ -141,11 +141,7 @@ def _alone(build: Builder, part: Part) -> None:
     """Draw one weight's chain."""
     if isinstance(part.words, Coded):
         wide = part.weight.op in _CONSTANT
-        value, over = escapes.draw(build, part.words, build.weight, part.stored, wide=wide)
-        if not _is_float(part.kind):
-            value = packing.head(build, value, 0, part.weight.size) if over else value
-            value = _float(build, build.reshape(value, part.stored, "shaped"))
-        _finished(build, part, value)
+        _finished(build, part, escapes.draw(build, part.words, build.weight, part.stored, wide=wide))
         return
     assert isinstance(part.code, Packing)
     _finished(build, part, packing.draw(build, part.code, part.words, part.stored))
@@ -233,7 +229,9 @@ def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
         integers = [p.words.integers() for p in parts if isinstance(p.words, Coded)]
         coded = Coded.of(np.concatenate(integers), code)
         name = f"{TERSE}.{'.'.join(str(int(n)) for n in parts[0].kind)}"
-        return escapes.draw(build, coded, name, [coded.size], wide=True)
+        if code.raw:
+            return escapes.draw(build, coded, name, [coded.size], wide=True), 0
+        return escapes.draw_row(build, coded, name, wide=True)
     digits = [
         p.code.unpack(p.words, p.weight.size)
         for p in parts
