@@ -33,7 +33,7 @@ from onnxdp import refine, walk
 from onnxdp.build import Builder, nbytes
 from onnxdp.errors import TargetError
 from onnxdp.methods import codes, escapes, packing, streams
-from onnxdp.methods.codes import CODES, MOST, bits_of, code_for, like
+from onnxdp.methods.codes import CODES, EARLY, MOST, bits_of, code_for, like
 from onnxdp.methods.escapes import Coded
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
@@ -46,7 +46,7 @@ from onnxdp.records import Weight
 from onnxdp.settings import Settings
 
 QUANT = FORMS["quant"]
-CODED = [code for _, code in CODES]
+CODED = [code for _, code in (*CODES, *EARLY)]
 OPSETS = [11, 13, 17, 21]
 NAMED = pytest.mark.parametrize("code", CODED, ids=lambda c: f"{'.'.join(map(str, c.levels[:-1]))}+{c.raw}")
 FOLDED = {"Identity", "Cast"}
@@ -61,7 +61,7 @@ def laplace(size, spread, seed=0, most=MOST):
 
 def meant_for(code, size, seed=0):
     """About what a code is for: some integers of every stream."""
-    bits = next(most for most, c in CODES if c == code)
+    bits = next(most for most, c in (*CODES, *EARLY) if c == code)
     return laplace(size, 0.35 * 2.0 ** (bits - 1) if bits > 1 else 0.15, seed, code.most)
 
 
@@ -727,6 +727,26 @@ def test_small_and_large_models_and_old_operators_keep_even_levels():
     assert kinds(total=10**7, bits=4.0) == {"bits", "levels"}
     assert kinds(opset=10) == kinds(opset=9) == {"levels"}
     assert kinds(total=16_000, bits=4.0) == {"levels"}  # 8000 bytes
+
+
+@pytest.mark.parametrize(("total", "early"), [(1 << 21, True), (1 + (1 << 21), False)])
+def test_small_models_have_raw_bits_early(total, early):
+    weight = weight_of((60, 72), op="Gemm")
+    task = Task(weight, trained((60, 72), "gauss"), None, True, bits=4.0, total=total)
+    offered = [c.params["bits"] for (c,) in QUANT.solve([task], Settings(), device="cpu").candidates()]
+    assert len(offered) == len(set(offered)) > 60 and offered == sorted(offered)
+    assert {code_for(b).raw > 0 for b in offered if 3.25 < b < 5.5} == {early}
+    assert not any(code_for(b).raw for b in offered if b <= 3.25)
+
+
+def test_raw_bits_save_what_they_cost_memory_for():
+    """Something each, a tenth of a bit on average, on numbers whose sizes fall off as those of weights do."""
+    saved = []
+    for bits in (b for b in RATES if codes.is_early(b)):
+        integers, plain = like("w", 1 << 16, bits), code_for(bits - 1 / 16)
+        few = np.clip(integers, -MOST, MOST).astype(plain.kind)
+        saved.append((bits_of(few, plain) - bits_of(integers, code_for(bits))) / integers.size)
+    assert min(saved) > 0 and np.mean(saved) > 0.1
 
 
 def test_words_are_those_that_any_reader_unpacks():

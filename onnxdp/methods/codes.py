@@ -129,16 +129,32 @@ CODES = (
 
 Each is within .02 bits of the best code of up to five streams, found by going through all whose levels fill
 words well, for weights of ResNet-20 and MobileNet and for numbers like them: .05 to .1 bits more than the
-entropy up to 2.75 bits and as many raw ones, twice that and more around. From 4.25 to 5.5 bits raw ones would
-save .1, for twice the memory of a weight while a session is made.
+entropy up to 2.75 bits and as many raw ones, twice that and more around.
+"""
+EARLY = (
+    (3.9375, _code(3, 2, 2, 8, raw=1)),
+    (4.1875, _code(1, 2, 2, 6, raw=2)),
+    (4.8125, _code(3, 2, 2, 8, raw=2)),
+    (5.4375, _code(3, 3, 3, 8, raw=2)),
+)
+"""Codes with raw bits where others have none yet: .1 bits less, for twice the memory of a weight at load.
+
+Numbers of bits that are odd multiples of a sixteenth ask for them.
 """
 PLAIN = _CODED[-1][0]
-"""Bits up to which integers have no raw ones."""
+"""Bits up to which integers need no raw ones ..."""
+SURE = _CODED[2][0]
+"""... and up to which they never have any."""
 
 
 def code_for(bits: float) -> Code:
     """Return the code for integers that take so many bits each."""
-    return next(code for most, code in CODES if bits <= most)
+    return next(code for most, code in (EARLY if is_early(bits) else CODES) if bits <= most)
+
+
+def is_early(bits: float) -> bool:
+    """Whether so many bits ask for raw ones among them where others have none yet."""
+    return bits * 16 % 2 == 1
 
 
 def least_bits(code: Code) -> float:

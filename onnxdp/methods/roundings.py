@@ -17,12 +17,17 @@ from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
 """The most levels for each number of digits that a word of 8, 16 or 32 bits holds: any other wastes bits."""
-RATES = tuple(k / 8 for k in range(3, int(8 * codes.CODES[-1][0]) + 1))
-"""Bits of a number that are offered where frequent ones take fewer."""
+_EARLY = range(int(16 * codes.SURE) + 3, int(16 * codes.EARLY[-1][0]) + 1, 2)
+RATES = tuple(
+    sorted([*(k / 8 for k in range(3, int(8 * codes.CODES[-1][0]) + 1)), *(k / 16 for k in _EARLY)])
+)
+"""Bits of a number that are offered where frequent ones take fewer, eighths and some sixteenths."""
 FINE = (255, 1625)
 """Numbers of levels that are offered instead of raw bits ..."""
 _MANY = 1 << 23
 """... to models of more numbers: raw bits take some 50 bytes each while a session is made, others 25."""
+_SMALL = 1 << 21
+"""Numbers of a model up to which some have raw bits early: a tenth of a second more to load, at most."""
 
 _SLOPES = (-1.0, -0.5)
 """Of the logarithm of an error over that of the levels: even numbers have -1, normal ones -.83."""
@@ -127,6 +132,8 @@ class Roundings:
     def _is_offered(self, kind: str, number: float) -> bool:
         """Whether so many bits or levels are."""
         if kind == "bits":
+            if codes.SURE < number <= codes.PLAIN:
+                return codes.is_early(number) == (self._total <= _SMALL)
             return number <= codes.PLAIN or self._total <= _MANY
         if self._is_coded(self._bits):
             return number in FINE
@@ -138,7 +145,8 @@ class Roundings:
             few = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
             rates = (3.0, 5.0) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
             fine = (("levels", FINE[0]),) if bits >= 3.2 and self._total > _MANY else ()
-            return (*(("bits", b) for b in rates), *fine)
+            early = [1 / 16 if b > codes.SURE and self._total <= _SMALL else 0.0 for b in rates]
+            return (*(("bits", b + more) for b, more in zip(rates, early, strict=True)), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
         return tuple(("levels", n) for n in levels)
 
