@@ -211,11 +211,10 @@ def _seams(integers: Array, code: Code) -> Array:
     """Return the places where digits of all streams begin: what lies between takes the same anywhere."""
     ranks = ranks_of(halves(integers, code.raw)[0])
     places = inner = np.arange(ranks.size + 1)
-    for stage, left in zip(code.stages, lefts(ranks, code), strict=False):
+    for stage, _, escaping in walk(ranks, code):
         whole = inner % stage.integers == 0
         places, begun = places[whole], inner[whole] // stage.integers
-        escapes = np.append(0, np.cumsum(escaping(rows_of(left, stage), stage)))
-        inner = escapes[begun] * stage.integers
+        inner = np.append(0, np.cumsum(escaping))[begun] * stage.integers
     return places
 
 
@@ -264,17 +263,18 @@ class Tally(NamedTuple):
     def of(cls, ranks: Array, code: Code) -> Tally:
         """Look at ranks (size,), uint8."""
         found = np.zeros((3, len(code.stages)), np.int64)
-        single = [stage.integers == 1 for stage in code.stages]
-        k = len(single) - single[::-1].index(False) if False in single else 0
-        for i, left in enumerate(lefts(ranks, code, most=k)):
-            if i < k:
-                found[:, i] = -(-left.size // code.stages[i].integers), left.size, left.max(initial=0)
-            else:  # what comes after is told by how many of each rank there are
-                counts = np.bincount(left, minlength=1)
+        single = max((k + 1 for k, stage in enumerate(code.stages) if stage.integers > 1), default=0)
+        left = ranks.size
+        for k, (stage, rows, escaping) in enumerate(walk(ranks, code)):
+            if k == single:  # from here on, how many there are of each rank tells all
+                counts = np.bincount(rows[:, 0])
                 beyond = np.append(np.cumsum(counts[::-1])[::-1], 0)
-                for m, start in enumerate(code.starts[k:], k):
-                    n = beyond[min(start - code.starts[k], counts.size)]
-                    found[:, m] = n, n, max(counts.size - 1 - (start - code.starts[k]), 0)
+                starts = np.array(code.starts[k:]) - code.starts[k]
+                counted = beyond[np.minimum(starts, counts.size)]
+                found[:, k:] = counted, counted, np.maximum(counts.size - 1 - starts, 0)
+                break
+            found[:, k] = len(rows), left, rows.max()
+            left = int(np.count_nonzero(escaping)) * stage.integers
         return cls(*found)
 
     @classmethod
@@ -322,45 +322,30 @@ def ranks_of(integers: Array) -> Array:
     return ranks
 
 
-def lefts(ranks: Array, code: Code, most: int | None = None) -> Iterator[Array]:
-    """Give the ranks that are left for each stream, from its first one on, until there are none.
+def walk(ranks: Array, code: Code) -> Iterator[tuple[Stage, Array, Array]]:
+    """Give each stream's rows, what its digits tell of, and which of them escape, until nothing is left.
 
-    No stream but ``most`` is taken off, where that is said.
+    Rows are (digits, integers) ranks from the first that the stream names, filled up with that one.
     """
-    for k, stage in enumerate(code.stages):
+    for stage in code.stages:
         if not ranks.size:
             return
-        yield ranks
-        if stage.last or k == most:
-            return
-        rows = rows_of(ranks, stage)
-        ranks = rows[escaping(rows, stage)].reshape(-1)
+        over = -ranks.size % stage.integers
+        rows = (np.pad(ranks, (0, over)) if over else ranks).reshape(-1, stage.integers)
+        escaping = (rows[:, 0] if stage.integers == 1 else rows.max(axis=1)) >= stage.ranks
+        yield stage, rows, escaping
+        ranks = rows[escaping].reshape(-1)
         if stage.integers == 1:
             ranks -= np.uint8(stage.ranks)
 
 
 def streams_of(ranks: Array, code: Code) -> Iterator[Array]:
     """Give the digits of each stream, uint8, until nothing is left."""
-    for stage, left in zip(code.stages, lefts(ranks, code), strict=False):
-        rows = rows_of(left, stage)
+    for stage, rows, escaping in walk(ranks, code):
         digits = rows[:, -1]
         for place in range(stage.integers - 2, -1, -1):
             digits = digits * np.uint8(stage.ranks) + rows[:, place]
-        if not stage.last:
-            digits = np.where(escaping(rows, stage), np.uint8(stage.levels - 1), digits)
-        yield digits
-
-
-def rows_of(ranks: Array, stage: Stage) -> Array:
-    """Return what each digit tells of, (digits, integers), filled up with the first rank."""
-    over = -ranks.size % stage.integers
-    return (np.pad(ranks, (0, over)) if over else ranks).reshape(-1, stage.integers)
-
-
-def escaping(rows: Array, stage: Stage) -> Array:
-    """Say of which rows a digit does not tell."""
-    most: Array = rows[:, 0] if stage.integers == 1 else rows.max(axis=1)
-    return np.asarray(most >= stage.ranks)
+        yield np.where(escaping, np.uint8(stage.levels - 1), digits)
 
 
 @cache

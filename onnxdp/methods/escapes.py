@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from onnxdp.build import TERSE, Builder
 from onnxdp.methods import packing
-from onnxdp.methods.codes import MOST, SINCE, Code, Tally, cut, half, halves, ranks_of, streams_of
+from onnxdp.methods.codes import MOST, SINCE, Code, Stage, Tally, cut, half, halves, ranks_of, streams_of
 from onnxdp.methods.packing import Grid, Packing
 from onnxdp.records import Array
 
@@ -63,11 +63,8 @@ class Coded:
     @property
     def lefts(self) -> list[int]:
         """Integers that each stream is for."""
-        escapes = (
-            int(np.count_nonzero(digits == stage.levels - 1)) * stage.integers
-            for stage, digits in zip(self.code.stages[:-1], self.streams, strict=False)
-        )
-        return [self.size, *escapes]
+        streams = zip(self.code.stages[:-1], self.streams, strict=False)
+        return [self.size, *(_escaped(stage, digits) for stage, digits in streams)]
 
     @classmethod
     def unpacked(cls, code: Code, words: Sequence[Array], size: int) -> Coded:
@@ -86,8 +83,7 @@ class Coded:
         for stage, held in zip(code.stages, words, strict=True):
             digits = _unpacked(held, stage.levels, -(-left // stage.integers))
             streams.append(digits)
-            escapes = 0 if stage.last else int(np.count_nonzero(digits == stage.levels - 1))
-            left = escapes * stage.integers
+            left = _escaped(stage, digits)
         if left:
             raise ValueError(f"{left} integers are left over.")
         return cls(code, tuple(streams), size, low)
@@ -197,6 +193,11 @@ def _unpacked(words: Array, levels: int, count: int) -> Array:
     if words.dtype != packed.word or words.shape != (-(-count // packed.digits),):
         raise ValueError(f"{words.shape} {words.dtype} are not {count} digits of {levels} levels.")
     return packed.unpack(words, count)
+
+
+def _escaped(stage: Stage, digits: Array) -> int:
+    """Count the integers that the digits of a stream leave over."""
+    return 0 if stage.last else int(np.count_nonzero(digits == stage.levels - 1)) * stage.integers
 
 
 def _grid(code: Code, stream: int) -> Grid:

@@ -21,7 +21,10 @@ _EARLY = range(int(16 * codes.SURE) + 3, int(16 * codes.EARLY[-1][0]) + 1, 2)
 RATES = tuple(
     sorted([*(k / 8 for k in range(3, int(8 * codes.CODES[-1][0]) + 1)), *(k / 16 for k in _EARLY)])
 )
-"""Bits of a number that are offered where frequent ones take fewer, eighths and some sixteenths."""
+"""Bits of a number that are offered where frequent ones take fewer: eighths; sixteenths for early raw bits.
+
+The first of these, just above what never has any, would save nothing.
+"""
 FINE = (255, 1625)
 """Numbers of levels that are offered instead of raw bits ..."""
 _MANY = 1 << 23
@@ -145,8 +148,8 @@ class Roundings:
             few = (1.25, 2.5) if bits >= _SPARSE else (0.5, 1.25, 2.5)
             rates = (3.0, 5.0) if bits >= 5 else (2.0, 3.5) if bits >= 3.2 else few
             fine = (("levels", FINE[0]),) if bits >= 3.2 and self._total > _MANY else ()
-            early = [1 / 16 if b > codes.SURE and self._total <= _SMALL else 0.0 for b in rates]
-            return (*(("bits", b + more) for b, more in zip(rates, early, strict=True)), *fine)
+            offered = [b for b in RATES if self._is_offered("bits", b)]
+            return (*(("bits", min(offered, key=lambda b: (abs(b - rate), -b))) for rate in rates), *fine)
         levels = (6, 16) if bits >= 5 else (3, 7) if bits >= 3.2 else (2, 5)
         return tuple(("levels", n) for n in levels)
 
