@@ -172,14 +172,6 @@ def pieces(columns: int, many: int, *, rows: int = 1) -> list[slice]:
     return [slice(*ends) for ends in pairwise(bounds)]
 
 
-def both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
-    """Do two things side by side."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(first)
-        other = second()
-        return ahead.result(), other
-
-
 def ahead(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
     """Do parts of some work in a thread of its own, one ahead of who takes the results; in order."""
     with ThreadPoolExecutor(1) as pool:

@@ -108,11 +108,14 @@ class Workshop:
         stream = Stream(*self._source) if self._source else None
         if network is not None:
             items.sort(key=lambda item: stats.first_place(network, self.found, item[0]))
-        for chunk in stats.chunks(items, probes.samples if probes else 1):
+
+        def gathered(chunk: Sequence[Sequence[Weight]]) -> tuple[list[Weight], dict[str, Seen]]:
             members = [w for item in chunk for w in item]
-            seen: dict[str, Seen] = {}
-            if network is not None and stream is not None:
-                seen = stats.gather(stream, self.found, members, network, seed=self._settings.seed)
+            if network is None or stream is None:
+                return members, {}
+            return members, stats.gather(stream, self.found, members, network, seed=self._settings.seed)
+
+        for members, seen in arrays.ahead(gathered, stats.chunks(items, probes.samples if probes else 1)):
             arrays.trim()
             tasks = {w.name: self._task(w, seen.get(w.name)) for w in members}
             jobs: list[tuple[Form, Group]]

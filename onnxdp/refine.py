@@ -109,31 +109,31 @@ def refine(
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
     original, compressed = original or Original(network, probes), Stream(network, probes)
-    for done, choice in enumerate(order):
-        progress("refitting weights", done, len(order), choice.weight)
+
+    def aimed(choice: Candidate) -> tuple[Candidate, Spot, Array, Aims]:
         weight, tap = workshop.weights[choice.weight], taps[choice.weight]
         assert tap is not None
         rows = min(stats.rows_wanted(weight), _QUICK) if quick else stats.rows_wanted(weight)
         spot = Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(workshop.found, weight))
-        tensor = weights.tensor_of(workshop.found, weight.name)
-        w = weights.blocks(weight, tensor).astype(np.float32)
-        with arrays.one_blas_thread():
-            aims, seen = arrays.both(
-                partial(original.aims, spot, w, workshop.seed),
-                partial(_look, compressed, spot, changes, workshop.seed),
-            )
+        w = weights.blocks(weight, weights.tensor_of(workshop.found, weight.name)).astype(np.float32)
+        return choice, spot, w, original.aims(spot, w, workshop.seed)
+
+    with arrays.one_blas_thread():  # the original runs on while a weight is encoded
+        for done, (choice, spot, w, aims) in enumerate(arrays.ahead(aimed, order)):
+            progress("refitting weights", done, len(order), choice.weight)
+            seen = _look(compressed, spot, changes, workshop.seed)
             arrays.trim()
             lack = aims.rows - seen.gives(w)
-            fit = partial(_refit, workshop, choice, tensor, w, aims, seen, lack, quick=quick)
+            fit = partial(_refit, workshop, choice, w, aims, seen, lack, quick=quick)
             if room is None or choice.weight not in closing:
                 new, shift = fit()
             else:
                 left = partial(_beside, room, list(encoded.values()))
-                new, shift = _filled(partial(fit, memo={}), left, weight)
-        encoded[choice.weight] = new
-        if spot.centred:
-            shifts[choice.weight] = shift
-        changes.update(workshop.fed(network, [new], shifts))
+                new, shift = _filled(partial(fit, memo={}), left, spot.weight)
+            encoded[choice.weight] = new
+            if spot.centred:
+                shifts[choice.weight] = shift
+            changes.update(workshop.fed(network, [new], shifts))
     original.rest()
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
 
@@ -277,7 +277,6 @@ class Original:
 def _refit(
     workshop: Workshop,
     choice: Candidate,
-    tensor: Array,
     w: Array,
     aims: Aims,
     seen: Seen,
@@ -293,6 +292,7 @@ def _refit(
     """
     weight = workshop.weights[choice.weight]
     if workshop.forms[choice.method].sequential:
+        tensor = weights.tensor_of(workshop.found, weight.name)
         new = workshop.encode_one(choice, tensor, seen.rows, lack, quick=quick, spare=spare, memo=memo)
     else:
         moved = w + ALPHA * _ridge_solve(seen.rows, lack)

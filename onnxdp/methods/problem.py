@@ -42,7 +42,9 @@ _SWEPT = 4.5
 _ROUNDS = 2
 """Times that steps are corrected before, every number rounded as if for the first time ..."""
 _FAR = 8
-"""... where the bits are so many times further off than they may be."""
+"""... where the bits are so many times further off than they may be ..."""
+_FARTHER = 40
+"""... or so many, where a weight is tried alone: its error is told for the bits that were wanted."""
 _CORRECTED = 12
 """Times that steps are corrected, after the sweeps, so that the bits are near."""
 _NEAR = 0.001
@@ -146,8 +148,9 @@ class Problem:
             if abs(before - got) > near:
                 slope = float(np.clip((before - got) / doubled, slope / 2, slope * 2))
 
+        far = _FARTHER if quick and task.lack is None else _FAR
         for _ in range(_ROUNDS):
-            if abs(got - bits) > _FAR * near:
+            if abs(got - bits) > far * near:
                 correct(Lattice.round)
         plainly = factor, slope
         how, sweeps = (Lattice.sweep, _SWEEPS) if bits <= _SWEPT else (Lattice.round, 0)

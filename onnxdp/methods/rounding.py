@@ -221,6 +221,7 @@ class Lattice:
         self._w = take(w, curvature.order) / steps[:, None, :]
         self._hw: Array | None = None
         self._hq: Array | None = None
+        self._missed: Array | None = None
         self._q = self._w
         self._factor = 1.0
 
@@ -230,13 +231,14 @@ class Lattice:
         if self._curvature.plain:
             self._q = _nearest(unit, most)
         else:
-            self._q, _ = _feedback(unit, self._curvature.feedback, most)
+            self._q, self._missed = _feedback(unit, self._curvature.feedback, most)
         self._hq = None
 
     def sweep(self, factor: float, most: int) -> None:
         """Round every number once more, all others fixed (coordinate descent)."""
         if self._curvature.plain:
             return self.round(factor, most)
+        self._missed = None  # large
         if self._hq is None:
             self._hq = _times(self._curvature, self._q)
         self._factor = factor
@@ -258,14 +260,33 @@ class Lattice:
     def rounded(self) -> Rounded:
         """Fit the steps once more to the integers."""
         xp = arrays.namespace(self._q)
+        scale, error, energy = self._swept() if self._missed is None else self._fed_back(self._missed)
+        lost = self._w - self._q * scale[:, None, :]
+        damping, square = self._curvature.damping[:, None], self._steps**2
+        error = error - damping * xp.sum(lost * lost, axis=1)
+        energy = energy - damping * xp.sum(self._w * self._w, axis=1)
+        return Rounded(self.integers, scale * self._steps, error * square, energy * square)
+
+    def _swept(self) -> tuple[Array, Array, Array]:
+        """Return the best steps, in units of those given, and error and energy with the damping's share."""
+        xp = arrays.namespace(self._q)
         hw, hq = self._pull(), _times(self._curvature, self._q)
         over, under = (_joined(xp.sum(self._q * x, axis=1), self._parts) for x in (hw, hq))
         scale = ratio(over, under, xp.full_like(over, self._factor))
         lost = self._w - self._q * scale[:, None, :]
-        damping, square = self._curvature.damping[:, None], self._steps**2
-        error = xp.sum(lost * (hw - hq * scale[:, None, :]), axis=1) - damping * xp.sum(lost * lost, axis=1)
-        energy = xp.sum(self._w * hw, axis=1) - damping * xp.sum(self._w * self._w, axis=1)
-        return Rounded(self.integers, scale * self._steps, error * square, energy * square)
+        error = xp.sum(lost * (hw - hq * scale[:, None, :]), axis=1)
+        return scale, error, xp.sum(self._w * hw, axis=1)
+
+    def _fed_back(self, missed: Array) -> tuple[Array, Array, Array]:
+        """Return the same from what feedback missed, a quarter of the products."""
+        xp = arrays.namespace(self._q)
+        white, pivots = whitened(self._w, self._curvature.feedback), self._curvature.pivots
+        more, error = fitted(white / self._factor - missed, missed, pivots, self._parts)
+        return (
+            self._factor * more,
+            self._factor**2 * error,
+            xp.sum(white * white * pivots[:, :, None], axis=1),
+        )
 
 
 def _upper(h: Array) -> Array | None:
