@@ -172,14 +172,16 @@ def _join(build: Builder, parts: Sequence[Part]) -> None:
         rows.setdefault(part.row or id(part), []).append(part)
     streams, sizes, owners = [], [], []
     kinds = sorted({p.kind for p in parts})
-    floats, wide = (any(is_(k) for k in kinds) for is_ in (_is_float, _is_wide))
+    floats, wide = (any(is_(p.code) for p in parts) for is_ in (_is_float, _is_wide))
     for kind in kinds:
         pieces = {k: [p for p in own if p.kind == kind] for k, own in rows.items()}
         pieces = {k: own for k, own in pieces.items() if own}
-        stream, left_over = _stream(build, [p for own in pieces.values() for p in own])
-        if floats and not _is_float(kind):  # one type goes into one Concat
+        together = [p for own in pieces.values() for p in own]
+        stream, left_over = _stream(build, together)
+        code = together[0].code
+        if floats and not _is_float(code):  # one type goes into one Concat
             stream = _float(build, stream)
-        elif wide and not floats and not _is_wide(kind):
+        elif wide and not floats and not _is_wide(code):
             stream = build.node("Cast", [stream], "wide", to=int(ir.DataType.INT16))
         streams.append(stream)
         owners += [*pieces, *([None] if left_over else [])]
@@ -212,14 +214,14 @@ def _float(build: Builder, value: ir.Value) -> ir.Value:
     return build.node("Cast", [value], "integers", to=int(ir.DataType.FLOAT))
 
 
-def _is_float(kind: tuple[int, ...]) -> bool:
+def _is_float(code: Packing | Code) -> bool:
     """Whether numbers are float32 as they are drawn: those of a code with raw bits."""
-    return len(kind) > 1 and kind[0] > 0
+    return isinstance(code, Code) and code.raw > 0
 
 
-def _is_wide(kind: tuple[int, ...]) -> bool:
+def _is_wide(code: Packing | Code) -> bool:
     """Whether integers are int16 and not int8."""
-    return len(kind) > 1 or packing.is_wide(kind[0])
+    return isinstance(code, Code) or packing.is_wide(code.levels)
 
 
 def _stream(build: Builder, parts: Sequence[Part]) -> tuple[ir.Value, int]:
