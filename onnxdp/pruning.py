@@ -48,6 +48,9 @@ MOST_INPUTS = 6144
 """Rows of a weight from which its second moment is too large to be formed."""
 LEAST = 8
 """A chain keeps at least one channel in so many."""
+ALIGNED = 4
+"""Where nobody asks, it keeps a multiple of so many, if it had one: ONNX Runtime's blocked layout takes no
+others, and a ResNet-20 without its 13 dead channels, 14, 31 or 61 left, ran 1.2 times as long."""
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +170,9 @@ class Pruner:
         silent = sum(map(len, found.values()))
         if sum(int((m <= APART[0] * DEAD).sum()) for m in shares.values()) > (1 + APART[1]) * silent:
             return {}
-        limits = {c.weight: self.most(c) for c in self.chains}
-        kept = {n: tuple(channels[: limits[n]].tolist()) for n, channels in found.items()}
-        return {n: channels for n, channels in kept.items() if channels}
+        known = {c.weight: c for c in self.chains}
+        gone = {n: _aligned(known[n], channels[: self.most(known[n])]) for n, channels in found.items()}
+        return {n: channels for n, channels in gone.items() if channels}
 
     def fitted(self, dropped: Dropped) -> Fit:
         """Return the network without some channels, readers fitted one after the other.
@@ -345,6 +348,12 @@ class Pruner:
 
 def _damping(x: Array) -> float:
     return float(DAMPING[0] + DAMPING[1] * min(1.0, x.shape[1] / len(x)))
+
+
+def _aligned(chain: Chain, channels: Array) -> tuple[int, ...]:
+    """Return the channels that go, or some less, so that those left keep :data:`ALIGNED`."""
+    many = len(channels) if chain.channels % ALIGNED else len(channels) // ALIGNED * ALIGNED
+    return tuple(channels[:many].tolist())
 
 
 def _brief(w: Array) -> Array:

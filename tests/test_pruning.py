@@ -352,10 +352,10 @@ def test_merging_repairs_what_dropping_alone_loses():
 
 
 def test_dead_channels_are_those_that_give_nothing_and_nothing_changes_without_them():
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     mine, _ = pruner(proto, pruning.ENOUGH)
     dropped = mine.dead()
-    assert dropped == {"A": tuple(range(6))}
+    assert dropped == {"A": tuple(range(8))}
     fit = mine.fitted(dropped)
     feed = {"x": rewriting.draw(np.random.default_rng(3), 8, 8, 12, 12)}
     (a,), (b,) = (
@@ -366,9 +366,15 @@ def test_dead_channels_are_those_that_give_nothing_and_nothing_changes_without_t
     assert np.linalg.norm(a - b) <= 32 * 9 * EPS32 * np.linalg.norm(a)
 
 
+@pytest.mark.parametrize(("dead", "gone"), [(3, 0), (4, 4), (7, 4), (11, 8)])
+def test_channels_left_are_as_many_as_a_blocked_layout_takes(dead, gone):
+    mine, _ = pruner(chained(twins=0, dead=dead), pruning.ENOUGH)
+    assert mine.dead() == ({"A": tuple(range(gone))} if gone else {})
+
+
 def test_channels_that_are_only_quiet_are_not_dead():
     """Where many give next to nothing, those that give nothing may be silent on these probes only."""
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     weight, bias = (numpy_helper.to_array(i).copy() for i in proto.graph.initializer[:2])
     weight[6:9] *= 1e-3
     bias[6:9] = 0
@@ -380,7 +386,7 @@ def test_channels_that_are_only_quiet_are_not_dead():
 
 
 def test_few_inputs_do_not_show_what_is_dead():
-    mine, _ = pruner(chained(dead=6), pruning.ENOUGH - 1)
+    mine, _ = pruner(chained(dead=8), pruning.ENOUGH - 1)
     assert mine.dead() == {}
 
 
@@ -396,8 +402,8 @@ def test_units_of_an_mlp_are_not_dead_because_probes_miss_them(tmp_path):
 
 
 def test_asking_for_less_takes_the_dead_ones_too():
-    unasked, asked = (onnxdp.plan(chained(dead=6), **PRUNED, prune=p).pruned for p in (None, True))
-    assert sum(len(p.channels) for p in asked) >= sum(len(p.channels) for p in unasked) >= 6
+    unasked, asked = (onnxdp.plan(chained(dead=8), **PRUNED, prune=p).pruned for p in (None, True))
+    assert sum(len(p.channels) for p in asked) >= sum(len(p.channels) for p in unasked) >= 8
 
 
 def test_operations_are_counted_from_the_original():
@@ -413,10 +419,10 @@ PRUNED = {"ratio": 8, "samples": 128}
 
 
 def test_a_plan_carries_the_channels_and_gives_the_same_file(tmp_path):
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     made = onnxdp.compress(proto, tmp_path / "a.onnx", **PRUNED)
     (pruned,) = [p for p in made.report.plan.pruned if p.weight == "A"]
-    assert set(range(6)) <= set(pruned.channels)
+    assert set(range(8)) <= set(pruned.channels)
     assert any("--no-prune" in n for n in made.report.notices)
     plan = onnxdp.Plan.from_json(made.report.plan.to_json())
     assert plan == made.report.plan
@@ -428,7 +434,7 @@ def test_a_plan_carries_the_channels_and_gives_the_same_file(tmp_path):
 
 
 def test_an_edited_plan_is_followed_or_refused():
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     plan = onnxdp.plan(proto, **PRUNED)
     plan = replace(plan, budget=None)  # with more channels left the file is larger
     edited = replace(plan, pruned=(onnxdp.records.Pruned("A", (0, 30)),))
@@ -446,7 +452,7 @@ def test_an_edited_plan_is_followed_or_refused():
 
 
 def test_channels_stay_where_it_is_said_or_the_method_knows_no_rounding():
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     for options in ({"prune": False}, {"method": "dp"}, {"method": "float16"}):
         given = {**PRUNED, **options} | ({} if "prune" in options else {"ratio": 1.5})
         assert onnxdp.plan(proto, **given).pruned == ()
@@ -455,13 +461,13 @@ def test_channels_stay_where_it_is_said_or_the_method_knows_no_rounding():
 
 
 def test_within_an_error_only_what_costs_next_to_nothing_goes():
-    made = onnxdp.compress(chained(dead=6), max_error=0.05, samples=128).report
-    assert set(range(6)) <= set(made.plan.pruned[0].channels)
+    made = onnxdp.compress(chained(dead=8), max_error=0.05, samples=128).report
+    assert set(range(8)) <= set(made.plan.pruned[0].channels)
     assert made.verification.error <= 0.05
 
 
 def test_a_sweep_gives_the_files_of_compress():
-    proto = chained(dead=6)
+    proto = chained(dead=8)
     points = onnxdp.sweep(proto, [2, 8], samples=128).points
     for point in points:
         made = onnxdp.compress(proto, ratio=point.asked, samples=128)
@@ -470,7 +476,7 @@ def test_a_sweep_gives_the_files_of_compress():
 
 def test_the_command_line_knows_both_words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    edges.save(chained(dead=6))
+    edges.save(chained(dead=8))
     for word, pruned in (("--prune", True), ("--no-prune", False)):
         result = edges.onnxdp("plan", "in.onnx", "--ratio", "8", "--samples", "128", word, "--json")
         assert result.exit_code == 0
