@@ -115,9 +115,7 @@ def _bent(rng: np.random.Generator, x: Array) -> Array:
 def _waves(rng: np.random.Generator, count: int, height: int, width: int, cells: int) -> Array:
     """Smooth noise, deviation about 1: cubic B-splines over ``cells`` squared, (count, height, width)."""
     made = rng.standard_normal((count, cells + 3, cells + 3), dtype=np.float32)
-    for axis, size in ((1, height), (2, width)):
-        made = np.moveaxis(np.tensordot(made, _splines(size, cells), (axis, 1)), -1, axis)
-    return np.asarray(1.6 * made)
+    return np.asarray(1.6 * (_splines(height, cells) @ made @ _splines(width, cells).T))
 
 
 @lru_cache(64)
@@ -232,36 +230,54 @@ def _label_map(rng: np.random.Generator, height: int, width: int) -> tuple[Array
     corners = rng.choice([0, 3, 4, 4, 5, 6], count)
     angles = rng.random(count) * math.tau
     stretch = np.exp(rng.normal(0.0, 0.35, count))
-    label = np.zeros((height, width), np.int32)
-    rows, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
-    one_each = zip(
-        centres.tolist(), radii.tolist(), corners.tolist(), angles.tolist(), stretch.tolist(), strict=True
-    )
-    for i, ((cy, cx), r, n, angle, longer) in enumerate(one_each):
-        if i == 0:
-            continue
-        reach = r * (1.0, 1.2, 1.2 * max(1.0, longer))[(n > 0) + (n == 4)]
-        top, left = max(0, int(cy - reach)), max(0, int(cx - reach))
-        bottom, right = int(cy + reach) + 2, int(cx + reach) + 2
-        inside = _inside(rows[top:bottom, None] - cy, columns[left:right] - cx, r, n, angle, longer)
-        np.copyto(label[top:bottom, left:right], i, where=inside)
+    sizes = np.array([1.0, 0, 0, 0.6, 0.8, 0.9, 0.9])[corners] * radii
+    label = _painted(centres, sizes, corners, angles, stretch, (height, width))
     return label, centres.astype(np.float32), radii.astype(np.float32)
 
 
-def _inside(dy: Array, dx: Array, r: float, corners: int, angle: float, stretch: float) -> Array:
-    """Mask of a disc (0 corners), a rectangle (4) or a regular polygon; ``dy`` (h, 1), ``dx`` (w,)."""
-    if corners == 0:
-        return np.asarray(dy * dy + dx * dx < r * r)
-    c, s = math.cos(angle), math.sin(angle)
-    if corners == 4:
-        along = np.abs(dx * c + dy * s) < r * stretch * 0.8
-        return np.asarray(along & (np.abs(dy * c - dx * s) < r / max(stretch, 1.0) * 0.8))
-    edges = [angle + k * math.tau / corners for k in range(corners)]
-    turns = np.array([[math.sin(e) for e in edges], [math.cos(e) for e in edges]], np.float32)[
-        ..., None, None
-    ]
-    far = (turns[0] * dy + turns[1] * dx).max(axis=0)
-    return np.asarray(far < r * (0.6 if corners == 3 else 0.9))
+def _painted(
+    centres: Array, sizes: Array, corners: Array, angles: Array, stretch: Array, shape: tuple[int, int]
+) -> Array:
+    """Lay the leaves over the first one in their order.
+
+    A disc has a radius, any other leaf so many edges at that distance from its centre; rectangles are
+    stretched. All are convex, so that each row of pixels of a leaf is one run.
+
+    Returns
+    -------
+    ndarray of int32, the given shape
+        Which leaf shows at each pixel.
+    """
+    height, width = shape
+    many = np.maximum(corners, 1)
+    longer = np.where(corners == 4, stretch, 1.0)
+    reach = np.where(corners, sizes * np.maximum(2.0, 1.5 * longer), sizes)
+    top = np.maximum(np.ceil(centres[:, 0] - reach), 0).astype(np.intp)
+    rows = np.minimum(np.floor(centres[:, 0] + reach), height - 1).astype(np.intp) + 1 - top
+    rows[0] = 0
+    leaf, row = _ranges(top, np.maximum(rows, 0))
+    dy, edged = row - centres[leaf, 0], corners[leaf] > 0
+    right = np.where(edged, np.inf, np.sqrt(np.maximum(sizes[leaf] ** 2 - dy**2, 0.0)))
+    left = -right
+    for k in range(int(corners.max())):  # those of fewer edges meet theirs again
+        normal = angles + k % many * math.tau / many
+        far = sizes * np.where(k % 2, 1 / np.maximum(longer, 1.0), longer)
+        dx = (far[leaf] - np.sin(normal)[leaf] * dy) / np.cos(normal)[leaf]
+        ahead = (np.cos(normal) > 0)[leaf]
+        np.minimum(right, dx, out=right, where=edged & ahead)
+        np.maximum(left, dx, out=left, where=edged & ~ahead)
+    start = np.clip(np.ceil(centres[leaf, 1] + left), 0, width).astype(np.intp)
+    end = np.clip(np.ceil(centres[leaf, 1] + right), 0, width).astype(np.intp)
+    run, pixel = _ranges(row * width + start, np.maximum(end - start, 0))
+    label = np.zeros(height * width, np.int32)
+    label[pixel] = leaf[run]  # of several, the last
+    return label.reshape(shape)
+
+
+def _ranges(starts: Array, counts: Array) -> tuple[Array, Array]:
+    """Return, for every member of the ranges one after the other, which range it is of, and the member."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) + (starts - np.cumsum(counts) + counts)[which]
 
 
 def _fill(

@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxdp import archives, pictures, signals, texts
 from onnxdp.answers import Answers, diversity, pick
-from onnxdp.arrays import ahead
+from onnxdp.arrays import ahead, side_by_side
 from onnxdp.errors import UsageError
 from onnxdp.inputs import (
     LENGTH,
@@ -40,6 +40,8 @@ __all__ = ["BATCH", "POOL", "InputSpec", "Probes", "divisor", "gathered", "load"
 BATCH = 32
 POOL = 2
 """Probes drawn for each that is kept, where the network's own answers choose."""
+_LARGE = 10_000
+"""Pixels of a picture from which two threads draw faster than one: small ones keep the interpreter."""
 _ASKED = 48
 """Probes that tell whether a network is steady about signals."""
 _UNMOVED = 1.3
@@ -379,7 +381,8 @@ def _gallery(
 
     mean, deviation = np.zeros(c), np.ones(c)
     if dtype.kind == "f":
-        first = [raw(i).astype(np.float64) for i in range(standard)]
+        numbers = range(standard)
+        first = list(side_by_side(raw, numbers) if h * w >= _LARGE else map(raw, numbers))
         mean = np.mean([x.mean((0, 2, 3)) for x in first], 0)
         apart = [np.square(x - mean.reshape(c, 1, 1)).mean((0, 2, 3)) for x in first]
         deviation = np.sqrt(np.mean(apart, 0))

@@ -26,6 +26,32 @@ def test_every_picture_shows_something(seed: int, height: int, width: int, chann
 
 
 @settings(max_examples=60, deadline=None)
+@given(SEEDS, SIDES, SIDES, st.integers(1, 12))
+def test_a_pixel_shows_the_last_leaf_that_covers_it(seed: int, height: int, width: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(-0.2, 1.2, (count, 2)) * (height, width)
+    sizes, angles = rng.uniform(0.5, 40, count), rng.uniform(0, 7, count)
+    corners, stretch = rng.choice([0, 3, 4, 5, 6], count), np.exp(rng.normal(0, 0.5, count))
+    label = pictures._painted(centres, sizes, corners, angles, stretch, (height, width))
+    y, x = np.mgrid[:height, :width]
+    expected, near = np.zeros((height, width), int), np.zeros((height, width), bool)
+    for i in range(1, count):
+        dy, dx, n = y - centres[i, 0], x - centres[i, 1], int(corners[i])
+        if n == 0:
+            beyond = np.hypot(dy, dx) - sizes[i]
+        else:
+            sides = (stretch[i], 1 / max(stretch[i], 1)) if n == 4 else (1.0, 1.0)
+            normals = angles[i] + np.arange(n) * 2 * np.pi / n
+            beyond = np.max(
+                [np.sin(a) * dy + np.cos(a) * dx - sizes[i] * sides[k % 2] for k, a in enumerate(normals)], 0
+            )
+        expected[beyond < 0] = i
+        near |= abs(beyond) < 1e-6  # pixels on an outline, up to rounding, may go to either side
+    assert label.dtype == np.int32
+    assert np.array_equal(label[~near], expected[~near])
+
+
+@settings(max_examples=60, deadline=None)
 @given(SEEDS, SIDES, SIDES)
 def test_bending_moves_pixels_and_changes_none(seed: int, height: int, width: int) -> None:
     x = np.arange(height * width, dtype=np.float32).reshape(1, height, width)
