@@ -87,6 +87,8 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _encoded: Made | None = None
+    _rewritten: Model | None = None
+    """What these give, where that was asked for already."""
     _meter: Meter | None = None
     _counted: Operations | None = None
     _measured: dict[Named, float] = field(default_factory=dict)
@@ -223,9 +225,10 @@ class Job:
     def _search(self) -> Search:
         """Return a search that starts from what was measured already."""
         overhead = budgets.overhead(self.workshop.items(), self.rewriter)
-        search = Search.of(
-            self.workshop, self._measuring(), overhead, self.encoder.progress, costly=self.costly
-        )
+        # What rounding does goes about as its squared error: one point of a curve tells it, and where a
+        # choice falls far from that, another is measured. A bound on the error asks for more.
+        rough = self.costly or (self.encoder.sequential and self.settings.error_target is None)
+        search = Search.of(self.workshop, self._measuring(), overhead, self.encoder.progress, costly=rough)
         search.measured_alone = self._measured
         return search
 
@@ -249,6 +252,7 @@ class Job:
             seconds={},
             started=time.perf_counter(),
             _encoded=None,
+            _rewritten=None,
             _counted=None,
         )
 
@@ -326,7 +330,8 @@ class Job:
         missed = 0
         for done in range(_FITTED + 1):
             assert self._encoded is not None
-            nbytes = model_file.output_size(self.rewriter.rewritten(*self._encoded))
+            self._rewritten = self.rewriter.rewritten(*self._encoded)
+            nbytes = model_file.output_size(self._rewritten)
             over = nbytes - within.nbytes
             if over <= 0:
                 break
@@ -444,7 +449,7 @@ class Job:
             encoded, shifts = self._encoded or self.encoder.encoded(
                 made.choices, refit=bool(made.settings.get("refit"))
             )
-            return self.rewriter.rewritten(encoded, shifts), encoded
+            return self._rewritten or self.rewriter.rewritten(encoded, shifts), encoded
 
 
 @contextmanager

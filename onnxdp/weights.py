@@ -165,7 +165,7 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     node = None if value is None else value.producer()
     held = None if node is None else node.attributes.get("value")
     if node is not None and node.op_type == "Constant" and node.domain == "" and held is not None:
-        return None if held.is_ref() else held.as_tensor()
+        return None if held.is_ref() else held.value  # as_tensor asks each attribute of a protocol: slow
     return None if value is None else ir.convenience.get_const_tensor(value)
 
 
