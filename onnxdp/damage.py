@@ -214,8 +214,8 @@ class Search:
             self.curve(c).add(c.error**2, rate * c.error**2)
 
     def _known(self, candidate: Candidate) -> bool:
-        near = self.workshop.forms[candidate.method].near
-        return self.curve(candidate).known(candidate.error**2, near)
+        form = self.workshop.forms[candidate.method]
+        return self.curve(candidate).known(candidate.error**2, form.near, 1 if form.sequential else 2)
 
     def _give_spare(self) -> bool:
         """Put the small weights' other candidates back; returns whether there were any."""

@@ -34,12 +34,12 @@ class Curve:
         self.squares.insert(place, square)
         self.damages.insert(place, max(damage, 1e-14))
 
-    def known(self, square: float, near: float) -> bool:
-        """Whether a measurement within a factor of this squared error exists, or two beyond it.
+    def known(self, square: float, near: float, points: int = 2) -> bool:
+        """Whether a measurement within a factor of this squared error exists, or some beyond it.
 
-        Below two measurements damage goes as the squared error does: noise that small adds up.
+        Below so many ``points`` damage goes as the squared error does: noise that small adds up.
         """
-        below = len(self.squares) > 1 and square < self.squares[0]
+        below = len(self.squares) >= points and square < self.squares[0]
         return below or any(square <= s * near and s <= square * near for s in self.squares)
 
     def __call__(self, squares: Array) -> Array:
