@@ -36,6 +36,8 @@ _LARGE = 8_000_000
 """Numbers of a weight from which it is not solved beside another such."""
 _LIGHT = 400_000_000
 """Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
+_TRIED_ON = 0.5
+"""Share of its rows that a weight is first rounded on, where it is once more: that only tells its errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ class Workshop:
             members = [w for item in chunk for w in item]
             if network is None or stream is None:
                 return members, {}
-            return members, stats.gather(stream, self.found, members, network, seed=self._settings.seed)
+            seed = self._settings.seed
+            share = _TRIED_ON if self.sequential and self._settings.refit is not False else 1.0
+            return members, stats.gather(stream, self.found, members, network, seed=seed, share=share)
 
         for members, seen in arrays.ahead(gathered, stats.chunks(items, probes.samples if probes else 1)):
             arrays.trim()

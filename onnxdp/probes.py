@@ -43,7 +43,7 @@ POOL = 2
 _LARGE = 10_000
 """Pixels of a picture from which two threads draw faster than one: small ones keep the interpreter."""
 _ASKED = 48
-"""Probes that tell whether a network is steady about signals."""
+"""Probes that tell whether a network is steady about signals, or hardly moved by pictures."""
 _UNMOVED = 1.3
 """Diversity of the answers below which a network is taken to be hardly moved by standardised pictures."""
 
@@ -201,7 +201,7 @@ def make(
     samples : int
         How many; rounded up to whole feeds.
     seed : int
-        Sample ``i`` depends on ``(seed, i)`` alone.
+        Sample ``i`` depends on ``(seed, i)`` alone, and one more to choose from on what it is turned from.
     batch : int
         Largest number of samples in a feed, where the model leaves it free.
     pool : int, optional
@@ -247,6 +247,7 @@ def make(
         chosen = by_statistics(lambda r: known([feed(np.arange(k, k + size), r) for k in few]))
     many = math.ceil(max(total, POOL * samples if pool is None else pool) / size) * size
     units = np.arange(many).reshape(-1, 1 if plan.dynamic else size)
+    unknown = wanted is None and misfit is None and main == "image"
     steady = None
     if responses is not None and main == "other":
         asked_of = responses
@@ -255,23 +256,22 @@ def make(
         )
     if steady is not None:
         order = steady
-    elif answers is not None and plan.axes.get(plan.primary) is not None:
-        asked = answers
+    elif answers is not None and plan.axes.get(plan.primary) is not None and (unknown or many > total):
+        asked, number = answers, many if many > total else min(_ASKED, total)
 
         def ask(chosen: Range) -> Array:
-            feeds = ahead(lambda k: feed(np.arange(k, k + size), chosen), range(0, many, size))
+            feeds = ahead(lambda k: feed(np.arange(k, k + size), chosen), range(0, number, size))
             given = [np.asarray(asked(f)) for f in feeds]
             if any(a.size % size for a in given):
-                return np.zeros((many, 1))  # they are not of single samples, and tell none apart
+                return np.zeros((number, 1))  # they are not of single samples, and tell none apart
             return np.concatenate([a.reshape(size, -1) for a in given])
 
         scores = ask(chosen)
-        unknown = wanted is None and misfit is None and main == "image"
         if unknown and diversity(scores) < _UNMOVED:  # it may have been taught on 0..255
             louder = ask(CENTRED)
             if diversity(louder) > 2 * diversity(scores):
                 scores, chosen = louder, CENTRED
-        order = pick(scores, total)
+        order = pick(scores, total) if many > total else order
     made = tuple(feed(order[k : k + size], chosen) for k in range(0, total, size))
     kinds = {"image": "dead leaves", "ids": "random ids"}
     return Probes(made, total, seed, kinds.get(main, "random numbers"), plan.axes, plan.dynamic)
@@ -375,8 +375,10 @@ def _gallery(
     drawn: dict[int, Array] = {}
 
     def raw(i: int) -> Array:
-        if i not in drawn:
+        if i not in drawn and i < standard:
             drawn[i] = pictures.draw([i], c, h, w, seed)
+        elif i not in drawn:  # to choose from, or not: leaves have no upper side
+            drawn[i] = np.ascontiguousarray(np.rot90(raw(i - standard), 1 if h == w else 2, (2, 3)))
         return drawn[i]
 
     mean, deviation = np.zeros(c), np.ones(c)

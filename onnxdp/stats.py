@@ -68,7 +68,13 @@ def chunks(items: Sequence[Sequence[Weight]], samples: int) -> Iterator[list[Seq
 
 
 def gather(
-    stream: Stream, found: Found, chosen: Sequence[Weight], network: Network, *, seed: int
+    stream: Stream,
+    found: Found,
+    chosen: Sequence[Weight],
+    network: Network,
+    *,
+    seed: int,
+    share: float = 1.0,
 ) -> dict[str, Seen]:
     """Run the probes on and sample the inputs of the chosen weights.
 
@@ -82,6 +88,8 @@ def gather(
     network : Network
     seed : int
         Of the choice of rows.
+    share : float
+        Of the rows that each weight wants.
 
     Returns
     -------
@@ -92,7 +100,7 @@ def gather(
     rows: dict[str, list[Array]] = {}
     for place, weight, tap in sorted(places, key=lambda p: p[0]):
         stream.advance(place, {})
-        count = math.ceil(rows_wanted(weight) / counts[weight.name])
+        count = math.ceil(share * rows_wanted(weight) / counts[weight.name])
         rows.setdefault(weight.name, []).append(sampled(stream, weight, tap, count, seed))
     return {w.name: _seen(rows.pop(w.name), can_centre(found, w)) for w in chosen if w.name in rows}
 

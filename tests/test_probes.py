@@ -251,6 +251,36 @@ def test_pictures_are_as_loud_as_the_network_wants(dtype: str, wanted: Range, sl
     assert np.array_equal(np.unique(found, axis=0), np.unique(plain, axis=0))
 
 
+@pytest.mark.parametrize(("shape", "turns"), [((12, 12), 1), ((12, 20), 2)], ids=str)
+def test_each_picture_is_offered_turned_as_well(shape: tuple[int, int], turns: int) -> None:
+    asked: list[Array] = []
+
+    def answers(feed: Mapping[str, Array]) -> Array:
+        asked.append(feed["x"])
+        return np.zeros((len(feed["x"]), 4))
+
+    spec = InputSpec("x", "float32", ("n", 3, *shape))
+    make([spec], samples=8, seed=0, answers=answers, wanted=STANDARDISED)
+    pool = np.concatenate(asked)
+    assert len(pool) == 2 * 8
+    assert np.array_equal(pool[8:], np.rot90(pool[:8], turns, (2, 3)))
+
+
+def test_a_network_too_large_to_choose_is_asked_about_a_few_pictures() -> None:
+    """Of 96 that are all taken, 48 tell the range; where that is given, none is needed."""
+    spec = InputSpec("x", "float32", ("n", 1, 8, 8))
+    for wanted, few in ((None, 48), (STANDARDISED, 0)):
+        asked: list[int] = []
+
+        def answers(feed: Mapping[str, Array], asked: list[int] = asked) -> Array:
+            asked.append(len(feed["x"]))
+            return np.eye(4)[np.arange(len(feed["x"])) % 4] * 9  # moved enough: nothing louder is tried
+
+        made = make([spec], samples=96, seed=0, batch=16, pool=96, answers=answers, wanted=wanted)
+        assert sum(asked) == few
+        assert np.array_equal(whole(made, "x"), whole(make([spec], samples=96, seed=0, wanted=wanted), "x"))
+
+
 def test_the_networks_answers_choose_the_probes() -> None:
     def answers(feed: Mapping[str, Array]) -> Array:
         return np.eye(50)[feed["ids"][:, 0] // 17] * (1 + feed["ids"][:, 1:2])
