@@ -225,10 +225,13 @@ class Job:
     def _search(self) -> Search:
         """Return a search that starts from what was measured already."""
         overhead = budgets.overhead(self.workshop.items(), self.rewriter)
-        # What rounding does goes about as its squared error: one point of a curve tells it, and where a
-        # choice falls far from that, another is measured. A bound on the error asks for more.
-        rough = self.costly or (self.encoder.sequential and self.settings.error_target is None)
-        search = Search.of(self.workshop, self._measuring(), overhead, self.encoder.progress, costly=rough)
+        search = Search.of(
+            self.workshop,
+            self._measuring(),
+            overhead,
+            self.encoder.progress,
+            costly=self.costly or self._rough,
+        )
         search.measured_alone = self._measured
         return search
 
@@ -261,6 +264,15 @@ class Job:
         """Whether runs of the network take so long that fewer measurements have to do."""
         hunted = self.settings.error_target is not None and self.encoder.sequential
         return stats.macs(self.rewriter.found.weights) > (HUNTED if hunted else preparation.COSTLY)
+
+    @property
+    def _rough(self) -> bool:
+        """Whether damage need not be known well: rounding for a number of bytes.
+
+        It goes as the squared error does, so that one point of a curve tells the others, and which of several
+        weights gets a little more matters little: half the samples, and half the points, gave as good files.
+        """
+        return self.encoder.sequential and self.settings.error_target is None
 
     def plan(self) -> Plan:
         """Choose."""
@@ -364,7 +376,7 @@ class Job:
         """Return what measures damage, made once for all targets."""
         if self._meter is None:
             costly = stats.macs(self.rewriter.found.weights) > preparation.COSTLY
-            few = costly and self.held_out.samples >= 8
+            few = (costly or self._rough) and self.held_out.samples >= 8
             self._meter = Meter(self.encoder.network, self.held_out.split(0.5)[0] if few else self.held_out)
         return self._meter
 

@@ -348,17 +348,8 @@ def _rows(stream: Stream, spot: Spot, seed: int) -> tuple[Array, Array | None]:
     by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
     1.3).
     """
-    weight, tap, shown = spot.weight, spot.tap, stream.shown
-    count = -(-spot.rows // len(shown))
-    other = tap.added if tap.added is not None and stream.has(tap.added) else None
-    rows = beside = None
-    for done, number in enumerate(shown):
-        x = stream.tensor(number, tap.source)
-        piece = tap.sample(weight, x, count, np.random.default_rng((seed, number)))
-        rows = stats.filled(rows, done, len(shown), piece)
-        if other is not None:
-            y = stream.tensor(number, other)
-            added = tap.output_rows(weight, x.shape, y, count, np.random.default_rng((seed, number)))
-            beside = None if added is None else stats.filled(beside, done, len(shown), added)
-    assert rows is not None
-    return rows, beside
+    weight, tap = spot.weight, spot.tap
+    rows = stats.sampled(stream, weight, tap, spot.rows, seed)
+    if tap.added is None or not stream.has(tap.added):
+        return rows, None
+    return rows, stats.sampled_beside(stream, weight, tap, tap.added, spot.rows, seed)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import onnx
@@ -112,25 +111,43 @@ def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> 
     -------
     ndarray of shape (groups, rows, inputs), float32
     """
-    rows, shown = None, stream.shown
-    for done, number in enumerate(shown):
-        x = stream.tensor(number, tap.source)
-        piece = tap.sample(weight, x, -(-count // len(shown)), np.random.default_rng((seed, number)))
-        rows = filled(rows, done, len(shown), piece)
-    assert rows is not None
+    rows = piece = np.empty((0, 0, 0), np.float32)
+    for number, picked, part in _picked(stream, weight, tap, count, seed):
+        if not piece.size:  # one feed's rows stay in the cache, where all of them would not
+            piece = np.empty((len(picked), weight.groups, weight.inputs), np.float32)
+            rows = np.empty((weight.groups, len(picked) * len(stream.shown), weight.inputs), np.float32)
+        tap.put(weight, stream.tensor(number, tap.source), picked, piece)
+        rows[:, part] = piece.swapaxes(0, 1)
     return rows
 
 
-def filled(whole: Array | None, number: int, count: int, piece: Array) -> Array:
-    """Put one of ``count`` equal pieces, (groups, rows, n), into its place; the first makes room for all.
+def sampled_beside(
+    stream: Stream, weight: Weight, tap: Tap, name: str, count: int, seed: int
+) -> Array | None:
+    """Return rows of the tensor ``name``, alike to a weight's output, where :func:`sampled` takes its own.
 
-    Large ones are so never held twice.
+    Returns
+    -------
+    ndarray of shape (groups, rows, outputs), or None where the tensor is of another shape.
     """
-    groups, rows, n = piece.shape
-    if whole is None:
-        whole = np.empty((groups, count * rows, n), piece.dtype)
-    whole[:, number * rows : (number + 1) * rows] = piece
-    return whole
+    found = []
+    for number, picked, _ in _picked(stream, weight, tap, count, seed):
+        shape = stream.tensor(number, tap.source).shape
+        found.append(tap.output_rows(weight, shape, stream.tensor(number, name), picked))
+    whole = [rows for rows in found if rows is not None]
+    return np.concatenate(whole, axis=1) if len(whole) == len(found) else None
+
+
+def _picked(
+    stream: Stream, weight: Weight, tap: Tap, count: int, seed: int
+) -> Iterator[tuple[int, Array, slice]]:
+    """Give each feed's number, the places picked in it, and where they lie among all."""
+    shown = stream.shown
+    for done, number in enumerate(shown):
+        total = tap.count(weight, stream.tensor(number, tap.source).shape)
+        few = min(-(-count // len(shown)), total)
+        picked = np.sort(np.random.default_rng((seed, number)).choice(total, few, replace=False))
+        yield number, picked, slice(done * few, (done + 1) * few)
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
@@ -159,13 +176,12 @@ class Tap:
         """Name of the tensor that the reader makes."""
         return self.reader.node.outputs[0].name or ""
 
-    def sample(self, weight: Weight, x: Array, count: int, generator: np.random.Generator) -> Array:
-        """Return (groups, at most ``count``, inputs) rows."""
+    def put(self, weight: Weight, x: Array, picked: Array, rows: Array) -> None:
+        """Put the inputs at some places into ``rows``, (places, groups, inputs)."""
         if self.reader.node.op_type == "Conv":
-            return _patches(weight, x, _geometry(self.reader.node, weight, x.shape), count, generator)
-        flat = self._flat(weight, x)
-        picked = generator.choice(len(flat), min(count, len(flat)), replace=False)
-        return flat[np.sort(picked)][None]
+            _put_patches(weight, x, _geometry(self.reader.node, weight, x.shape), picked, rows)
+        else:
+            rows[:, 0] = self._flat(weight, x)[picked]
 
     @property
     def added(self) -> str | None:
@@ -177,10 +193,8 @@ class Tap:
         other = add.inputs[1 - index]
         return other.name if other is not None and constant(other) is None else None
 
-    def output_rows(
-        self, weight: Weight, shape: tuple[int, ...], y: Array, count: int, generator: np.random.Generator
-    ) -> Array | None:
-        """Return rows of an output-like tensor, at the places that :meth:`sample` takes from an input.
+    def output_rows(self, weight: Weight, shape: tuple[int, ...], y: Array, picked: Array) -> Array | None:
+        """Return rows of an output-like tensor, at the places that :meth:`put` takes from an input.
 
         Parameters
         ----------
@@ -188,8 +202,7 @@ class Tap:
         shape : tuple of int
             Of the input.
         y : ndarray of the output's shape
-        count, generator
-            As for :meth:`sample`.
+        picked : ndarray of int
 
         Returns
         -------
@@ -204,7 +217,6 @@ class Tap:
             if self.reader.index == 0 or y.size != int(np.prod(shape)) // weight.inputs * weight.outputs:
                 return None
             rows = y.reshape(-1, 1, weight.outputs)
-        picked = np.sort(generator.choice(len(rows), min(count, len(rows)), replace=False))
         return rows[picked].swapaxes(0, 1)
 
     def count(self, weight: Weight, shape: tuple[int, ...]) -> int:
@@ -308,22 +320,24 @@ def _geometry(node: ir.Node, weight: Weight, shape: tuple[int, ...]) -> _Geometr
     return _Geometry(kernel, strides, dilations, pads[:spatial], outputs)
 
 
-def _patches(weight: Weight, x: Array, g: _Geometry, count: int, generator: np.random.Generator) -> Array:
-    """Return (groups, rows, inputs): im2col at sampled output positions, zeros beyond the border."""
-    total = x.shape[0] * int(np.prod(g.outputs))
-    picked = np.sort(generator.choice(total, min(count, total), replace=False))
+def _put_patches(weight: Weight, x: Array, g: _Geometry, picked: Array, rows: Array) -> None:
+    """Put im2col at some output positions into (rows, groups, inputs); zeros beyond the border."""
     image, *places = np.unravel_index(picked, (x.shape[0], *g.outputs))
-    patches = np.zeros((len(picked), x.shape[1], weight.tap), np.float32)
+    patches = rows.reshape(len(picked), x.shape[1], weight.tap)
+    pixels = np.moveaxis(x, 1, -1)
+    if len(picked) * weight.tap > pixels.size // x.shape[1]:  # most are wanted more than once
+        pixels = np.ascontiguousarray(pixels)
     for tap, offsets in enumerate(product(*(range(k) for k in g.kernel))):
         at = [
             p * s + o * d - b
             for p, s, o, d, b in zip(places, g.strides, offsets, g.dilations, g.begins, strict=True)
         ]
         inside = np.all([(a >= 0) & (a < n) for a, n in zip(at, x.shape[2:], strict=True)], axis=0)
-        index: tuple[Any, ...] = (image[inside], slice(None), *(a[inside] for a in at))
-        patches[inside, :, tap] = x[index]
-    rows = patches.reshape(len(picked), weight.groups, weight.inputs)
-    return rows.swapaxes(0, 1)
+        if inside.all():
+            patches[:, :, tap] = pixels[(image, *at)]
+        else:
+            patches[inside, :, tap] = pixels[(image[inside], *(a[inside] for a in at))]
+            patches[~inside, :, tap] = 0
 
 
 def mean_output(mean: Array, w: Array) -> Array:

@@ -493,7 +493,7 @@ def test_rows_are_those_that_a_channel_feeds():
     stream = Stream(network, Probes(({"x": x},), 2, 0, "", {"x": 0}, True))
     tap = stats.single_tap(found, weight)
     stream.advance(network.place(tap.output), {})
-    seen = tap.sample(weight, stream.tensor(0, tap.source), 2, np.random.default_rng(0))[0]
+    seen = stats.sampled(stream, weight, tap, 2, 0)[0]
     z = rewriting.run(_ending_at(proto, "z"), {"x": x})[0]
     rows = chain.ends[0].span.places([5])[0]
     bound = 64 * np.finfo(np.float32).eps * np.abs(z).max()  # sums of some dozen products, as in `alike`
