@@ -9,7 +9,7 @@ from functools import partial
 
 from onnxdp import model as model_file
 from onnxdp.damage import Search
-from onnxdp.encoding import Workshop
+from onnxdp.encoding import MANY, Workshop
 from onnxdp.network import Network
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
@@ -25,9 +25,6 @@ _NEAR = 0.001
 """Share of the budget that may be left over ..."""
 _LEAST = 64
 """... and bytes that always may."""
-
-MANY = 96
-"""Samples from which every other feed is enough for arrays that are only measured."""
 
 log = logging.getLogger(__name__)
 

@@ -38,6 +38,8 @@ _LIGHT = 400_000_000
 """Multiply-accumulates of one sample up to which a choice is encoded twice, to weigh changes within it."""
 _TRIED_ON = 0.5
 """Share of its rows that a weight is first rounded on, where it is once more: that only tells its errors."""
+MANY = 96
+"""Samples from which every other feed is enough for arrays that are not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,10 @@ class Workshop:
         total = len(self.weights)
         done = 0
         self._source = (network, probes) if network is not None and probes is not None else None
-        stream = Stream(*self._source) if self._source else None
+        tried = self.sequential and self._settings.refit is not False  # and made once more
+        stream = None
+        if network is not None and probes is not None:
+            stream = Stream(network, probes.every(2) if tried and probes.samples >= MANY else probes)
         if network is not None:
             items.sort(key=lambda item: stats.first_place(network, self.found, item[0]))
 
@@ -115,8 +120,7 @@ class Workshop:
             members = [w for item in chunk for w in item]
             if network is None or stream is None:
                 return members, {}
-            seed = self._settings.seed
-            share = _TRIED_ON if self.sequential and self._settings.refit is not False else 1.0
+            seed, share = self._settings.seed, _TRIED_ON if tried else 1.0
             return members, stats.gather(stream, self.found, members, network, seed=seed, share=share)
 
         for members, seen in arrays.ahead(gathered, stats.chunks(items, probes.samples if probes else 1)):
