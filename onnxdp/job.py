@@ -303,7 +303,7 @@ class Job:
             budgets.require_gain(choice, search, self.rewriter)
             if search.meter is not None:
                 search.meter.rest()
-            arrays.trim()
+            arrays.trim(cycles=True)
         with _clock(self.seconds, "refitting"):
             refit = True
             if self._encoded is None:
@@ -453,7 +453,7 @@ class Job:
         self.workshop.rest()
         self.encoder.rest()
         self._meter = None
-        arrays.trim()
+        arrays.trim(cycles=True)
 
     def built(self, made: Plan) -> tuple[Model, list[Encoded]]:
         """Encode and rewrite; returns the result and its weights."""

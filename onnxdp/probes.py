@@ -375,10 +375,12 @@ def _gallery(
     drawn: dict[int, Array] = {}
 
     def raw(i: int) -> Array:
-        if i not in drawn and i < standard:
-            drawn[i] = pictures.draw([i], c, h, w, seed)
-        elif i not in drawn:  # to choose from, or not: leaves have no upper side
-            drawn[i] = np.ascontiguousarray(np.rot90(raw(i - standard), 1 if h == w else 2, (2, 3)))
+        turned = i // standard % 2 > 0  # every second set is the one before: leaves have no upper side
+        number = i - standard if turned else i
+        if number not in drawn:
+            drawn[number] = pictures.draw([number], c, h, w, seed)
+        if turned and i not in drawn:
+            drawn[i] = np.ascontiguousarray(np.rot90(drawn[number], 1 if h == w else 2, (2, 3)))
         return drawn[i]
 
     mean, deviation = np.zeros(c), np.ones(c)

@@ -24,6 +24,9 @@ _ROWS = 1024
 
 _PRODUCTS = frozenset(("Conv", "Gemm", "MatMul"))
 
+_CACHED = 5_000_000
+"""Bytes of one feed's rows up to which they are gathered apart, in the cache, and then put to the others."""
+
 MAX_BYTES = 96_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
 
@@ -113,11 +116,14 @@ def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> 
     """
     rows = piece = np.empty((0, 0, 0), np.float32)
     for number, picked, part in _picked(stream, weight, tap, count, seed):
-        if not piece.size:  # one feed's rows stay in the cache, where all of them would not
-            piece = np.empty((len(picked), weight.groups, weight.inputs), np.float32)
+        if not rows.size:
             rows = np.empty((weight.groups, len(picked) * len(stream.shown), weight.inputs), np.float32)
-        tap.put(weight, stream.tensor(number, tap.source), picked, piece)
-        rows[:, part] = piece.swapaxes(0, 1)
+            if weight.groups > 1 or rows[:, part].nbytes <= _CACHED:
+                piece = np.empty((len(picked), weight.groups, weight.inputs), np.float32)
+        into = piece if piece.size else rows[:, part].swapaxes(0, 1)
+        tap.put(weight, stream.tensor(number, tap.source), picked, into)
+        if piece.size:
+            rows[:, part] = piece.swapaxes(0, 1)
     return rows
 
 
