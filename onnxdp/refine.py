@@ -348,8 +348,5 @@ def _rows(stream: Stream, spot: Spot, seed: int) -> tuple[Array, Array | None]:
     by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
     1.3).
     """
-    weight, tap = spot.weight, spot.tap
-    rows = stats.sampled(stream, weight, tap, spot.rows, seed)
-    if tap.added is None or not stream.has(tap.added):
-        return rows, None
-    return rows, stats.sampled_beside(stream, weight, tap, tap.added, spot.rows, seed)
+    other = spot.tap.added if spot.tap.added is not None and stream.has(spot.tap.added) else None
+    return stats.sampled_beside(stream, spot.weight, spot.tap, other, spot.rows, seed)

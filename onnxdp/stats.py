@@ -114,46 +114,40 @@ def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> 
     -------
     ndarray of shape (groups, rows, inputs), float32
     """
-    rows = piece = np.empty((0, 0, 0), np.float32)
-    for number, picked, part in _picked(stream, weight, tap, count, seed):
-        if not rows.size:
-            rows = np.empty((weight.groups, len(picked) * len(stream.shown), weight.inputs), np.float32)
-            if weight.groups > 1 or rows[:, part].nbytes <= _CACHED:
-                piece = np.empty((len(picked), weight.groups, weight.inputs), np.float32)
-        into = piece if piece.size else rows[:, part].swapaxes(0, 1)
-        tap.put(weight, stream.tensor(number, tap.source), picked, into)
-        if piece.size:
-            rows[:, part] = piece.swapaxes(0, 1)
-    return rows
+    return sampled_beside(stream, weight, tap, None, count, seed)[0]
 
 
 def sampled_beside(
-    stream: Stream, weight: Weight, tap: Tap, name: str, count: int, seed: int
-) -> Array | None:
-    """Return rows of the tensor ``name``, alike to a weight's output, where :func:`sampled` takes its own.
+    stream: Stream, weight: Weight, tap: Tap, name: str | None, count: int, seed: int
+) -> tuple[Array, Array | None]:
+    """Return what :func:`sampled` does, and rows of a tensor alike to the output, in the same places.
+
+    Both in one go: where a stream does not hold its tensors, it runs a feed again when it is come back to.
 
     Returns
     -------
+    ndarray of shape (groups, rows, inputs), float32
     ndarray of shape (groups, rows, outputs), or None where the tensor is of another shape.
     """
-    found = []
-    for number, picked, _ in _picked(stream, weight, tap, count, seed):
-        shape = stream.tensor(number, tap.source).shape
-        found.append(tap.output_rows(weight, shape, stream.tensor(number, name), picked))
-    whole = [rows for rows in found if rows is not None]
-    return np.concatenate(whole, axis=1) if len(whole) == len(found) else None
-
-
-def _picked(
-    stream: Stream, weight: Weight, tap: Tap, count: int, seed: int
-) -> Iterator[tuple[int, Array, slice]]:
-    """Give each feed's number, the places picked in it, and where they lie among all."""
-    shown = stream.shown
+    rows = piece = np.empty((0, 0, 0), np.float32)
+    beside, shown = [], stream.shown
     for done, number in enumerate(shown):
-        total = tap.count(weight, stream.tensor(number, tap.source).shape)
+        x = stream.tensor(number, tap.source)
+        total = tap.count(weight, x.shape)
         few = min(-(-count // len(shown)), total)
         picked = np.sort(np.random.default_rng((seed, number)).choice(total, few, replace=False))
-        yield number, picked, slice(done * few, (done + 1) * few)
+        part = slice(done * few, (done + 1) * few)
+        if not rows.size:
+            rows = np.empty((weight.groups, few * len(shown), weight.inputs), np.float32)
+            if weight.groups > 1 or rows[:, part].nbytes <= _CACHED:
+                piece = np.empty((few, weight.groups, weight.inputs), np.float32)
+        tap.put(weight, x, picked, piece if piece.size else rows[:, part].swapaxes(0, 1))
+        if piece.size:
+            rows[:, part] = piece.swapaxes(0, 1)
+        if name is not None:
+            beside.append(tap.output_rows(weight, x.shape, stream.tensor(number, name), picked))
+    alike = [y for y in beside if y is not None]
+    return rows, np.concatenate(alike, axis=1) if alike and len(alike) == len(beside) else None
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
