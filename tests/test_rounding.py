@@ -86,12 +86,12 @@ def test_feedback_is_the_literal_elimination(inputs, outputs, levels, seed):
     assert np.array_equal(got[0], wanted)
 
 
-@pytest.mark.parametrize("inputs", [5, 47, 48, 49, 130])
+@pytest.mark.parametrize("inputs", [5, 15, 16, 17, 95, 96, 97, 210])
 def test_feedback_in_blocks_is_feedback_row_by_row(inputs, monkeypatch):
     w, moment = problem(inputs, 5, seed=3)
     curvature = curved(moment)
     unit = in_order(w, curvature, first_steps(w, curvature, 5))
-    q, again = (np.empty_like(unit) for _ in range(2))
+    q = np.zeros_like(unit)
     target = unit.astype(np.float64)
     for i in range(inputs):
         fed = curvature.feedback[0, :i, i].astype(np.float64) @ (unit[0] - q[0])[:i]
@@ -138,7 +138,22 @@ def test_feedback_beats_rounding_to_nearest_with_the_same_steps(levels):
     assert np.mean(ratios) < 1
 
 
-@given(inputs=st.integers(1, 60), levels=st.sampled_from([2, 3, 5, 16, 127]), seed=st.integers(0, 999))
+@pytest.mark.parametrize("inputs", [5, 15, 16, 17, 95, 96, 97, 210])
+def test_a_sweep_is_coordinate_descent(inputs):
+    w, moment = problem(inputs, 5, seed=4)
+    curvature = curved(moment)
+    unit = in_order(w, curvature, first_steps(w, curvature, 5))
+    got = rounding._nearest(unit, 2.0)
+    h, wanted = curvature.moment[0].astype(np.float64), got[0].astype(np.float64)
+    rounding._sweep(curvature.moment @ unit, 1.0, got, curvature.moment, 2.0)
+    for i in range(inputs):
+        best = wanted[i] + h[i] @ (unit[0] - wanted) / h[i, i]
+        wanted[i] = np.clip(np.round(best), -2, 2)
+    # float32 and float64 part ways at a tie only
+    assert np.array_equal(got[0], wanted)
+
+
+@given(inputs=st.integers(1, 120), levels=st.sampled_from([2, 3, 5, 16, 127]), seed=st.integers(0, 999))
 @settings(max_examples=40, deadline=None)
 def test_a_sweep_never_increases_the_objective(inputs, levels, seed):
     w, moment = problem(inputs, 6, seed)
@@ -147,11 +162,9 @@ def test_a_sweep_never_increases_the_objective(inputs, levels, seed):
     unit = in_order(w, curvature, first_steps(w, curvature, levels))
     before = rounding._nearest(unit, half)
     times = curvature.moment.__matmul__
-    after, told = before.copy(), times(before)
-    rounding._sweep(times(unit), 1.0, after, told, curvature.moment, half)
+    after = before.copy()
+    rounding._sweep(times(unit), 1.0, after, curvature.moment, half)
     h = np.abs(curvature.moment.astype(np.float64))
-    exact = curvature.moment.astype(np.float64) @ after
-    assert np.all(np.abs(told - exact) <= 4 * inputs * EPS32 * (h @ (np.abs(after) + np.abs(before))))
     # a move is chosen by a pull, the difference of two sums of `inputs` float32 terms: their errors a step
     lost = np.maximum(np.abs(unit), np.abs(after) + np.abs(before)).astype(np.float64)
     bound = 2 * np.sum(np.abs(after - before) * 2 * inputs * EPS32 * (h @ lost), axis=1)

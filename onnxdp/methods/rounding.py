@@ -18,8 +18,10 @@ from onnxdp import arrays
 from onnxdp.arrays import Array
 from onnxdp.errors import UsageError
 
-_BLOCK = 48
-"""Rows that are rounded one by one before the rest is told by one matrix product."""
+_BLOCK = 96
+"""Rows that are rounded before the rest is told by one matrix product, ..."""
+_ROWS = 16
+"""... and before the rest of these."""
 _SOLVED = 256
 """Rows that are solved for together."""
 _SCALES = 16
@@ -220,7 +222,6 @@ class Lattice:
         self._curvature, self._steps, self._parts = curvature, steps, parts
         self._w = take(w, curvature.order) / steps[:, None, :]
         self._hw: Array | None = None
-        self._hq: Array | None = None
         self._missed: Array | None = None
         self._q = self._w
         self._factor = 1.0
@@ -232,17 +233,14 @@ class Lattice:
             self._q = _nearest(unit, most)
         else:
             self._q, self._missed = _feedback(unit, self._curvature.feedback, most)
-        self._hq = None
 
     def sweep(self, factor: float, most: int) -> None:
         """Round every number once more, all others fixed (coordinate descent)."""
         if self._curvature.plain:
             return self.round(factor, most)
         self._missed = None  # large
-        if self._hq is None:
-            self._hq = _times(self._curvature, self._q)
         self._factor = factor
-        _sweep(self._pull(), factor, self._q, self._hq, self._curvature.moment, most)
+        _sweep(self._pull(), factor, self._q, self._curvature.moment, most)
         return None
 
     def _pull(self) -> Array:
@@ -343,12 +341,13 @@ def _swept(
 ) -> tuple[Array, Array, Array]:
     """Return levels, scales and errors after rounds of coordinate descent and of refitting the scales."""
     xp = arrays.namespace(w)
-    hw, hq = _times(curvature, w), _times(curvature, q)
+    hw = hq = _times(curvature, w)
     for _ in range(sweeps):
         if curvature.plain:
-            q = hq = _nearest(w / scale[:, None, :], half)
+            q = _nearest(w / scale[:, None, :], half)
         else:
-            _sweep(hw, scale[:, None, :], q, hq, curvature.moment, half)
+            _sweep(hw, scale[:, None, :], q, curvature.moment, half)
+        hq = _times(curvature, q)
         over, under = (_joined(xp.sum(q * x, axis=1), parts) for x in (hw, hq))
         scale = ratio(over, under, scale)
     step = scale[:, None, :]
@@ -372,26 +371,21 @@ def _feedback(w: Array, feedback: Array, half: float) -> tuple[Array, Array]:
         The levels, and what each row missed of its target: ``(I + V)^T (w - q)``.
     """
     xp = arrays.namespace(w)
-    low, high = _bounds(w, half)
     q, missed, lost = (xp.empty_like(w) for _ in range(3))
     inputs = w.shape[1]
     for i in range(0, inputs, _BLOCK):
         j = min(i + _BLOCK, inputs)
-        target = w[:, i:j, :] + 0.0
+        given = w[:, i:j, :]
+        target = given + 0.0
         if i:
             target += xp.matrix_transpose(feedback[:, :i, i:j]) @ lost[:, :i, :]
-        inner = feedback[:, i:j, i:j, None]
-        for r in range(j - i):
-            row = xp.minimum(xp.maximum(xp.round(target[:, r, :] + half), low), high) - half
-            q[:, i + r, :] = row
-            if i + r + 1 < j:
-                target[:, r + 1 :, :] += inner[:, r, r + 1 :, :] * (w[:, i + r, :] - row)[:, None, :]
+        q[:, i:j, :] = _in_turn(target, given, feedback[:, i:j, i:j], half)
         missed[:, i:j, :] = target - q[:, i:j, :]
-        lost[:, i:j, :] = w[:, i:j, :] - q[:, i:j, :]
+        lost[:, i:j, :] = given - q[:, i:j, :]
     return q, missed
 
 
-def _sweep(hw: Array, scale: Array | float, q: Array, hq: Array, moment: Array, half: float) -> None:
+def _sweep(hw: Array, scale: Array | float, q: Array, moment: Array, half: float) -> None:
     """Move every entry once to the level that is best with all others fixed (coordinate descent).
 
     Parameters
@@ -399,29 +393,54 @@ def _sweep(hw: Array, scale: Array | float, q: Array, hq: Array, moment: Array, 
     hw : array of shape (stack, inputs, columns)
         ``H w``.
     scale : array of shape (stack, 1, columns), or float
-    q, hq : array of the same shape as ``hw``
-        The levels, and ``H q``: changed in place, for both are large.
+    q : array of the same shape as ``hw``
+        The levels: changed in place, for they are large.
     moment : array of shape (stack, inputs, inputs)
         H.
     half : float
     """
     xp = arrays.namespace(q)
-    low, high = _bounds(q, half)
     diagonal = xp.linalg.diagonal(moment)[:, :, None]
     inputs = q.shape[1]
     for i in range(0, inputs, _BLOCK):
         j = min(i + _BLOCK, inputs)
-        pull = hw[:, i:j, :] / scale - hq[:, i:j, :]
-        before = q[:, i:j, :] + 0.0
-        inner = moment[:, i:j, i:j, None]
-        for r in range(j - i):
-            old = before[:, r, :]
-            aim = old + pull[:, r, :] / diagonal[:, i + r, :]
-            row = xp.minimum(xp.maximum(xp.round(aim + half), low), high) - half
-            q[:, i + r, :] = row
-            if i + r + 1 < j:
-                pull[:, r + 1 :, :] -= inner[:, r, r + 1 :, :] * (row - old)[:, None, :]
-        hq += moment[:, :, i:j] @ (q[:, i:j, :] - before)
+        own, before = diagonal[:, i:j, :], q[:, i:j, :]
+        pull = hw[:, i:j, :] / scale - moment[:, i:j, :] @ q  # no H q is kept up to date: that takes longer
+        inner = xp.matrix_transpose(moment[:, i:j, i:j] / own)
+        q[:, i:j, :] = _in_turn(before + pull / own, before, inner, half)
+
+
+def _in_turn(aim: Array, given: Array, told: Array, half: float) -> Array:
+    """Round row after row to the level nearest to its aim; what each lacks of ``given`` later ones are told.
+
+    Parameters
+    ----------
+    aim : array of shape (stack, rows, columns)
+        Changed in place, to what each row was rounded from.
+    given : array of the same shape
+    told : array of shape (stack, rows, rows)
+        What rows (last axis) gain for what others before them lack.
+    half : float
+
+    Returns
+    -------
+    array of the same shape
+    """
+    xp = arrays.namespace(aim)
+    low, high = _bounds(aim, half)
+    q = xp.empty_like(aim)
+    rows = aim.shape[1]
+    for i in range(0, rows, _ROWS):
+        j = min(i + _ROWS, rows)
+        for r in range(i, j):
+            q[:, r, :] = xp.minimum(xp.maximum(xp.round(aim[:, r, :] + half), low), high) - half
+            if r + 1 < j:
+                lost = given[:, r, :] - q[:, r, :]
+                aim[:, r + 1 : j, :] += told[:, r, r + 1 : j, None] * lost[:, None, :]
+        if j < rows:
+            lost = given[:, i:j, :] - q[:, i:j, :]
+            aim[:, j:, :] += xp.matrix_transpose(told[:, i:j, j:]) @ lost
+    return q
 
 
 def _bounds(like: Array, half: float) -> tuple[Array, Array]:
