@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import onnx
@@ -24,8 +23,8 @@ _ROWS = 1024
 
 _PRODUCTS = frozenset(("Conv", "Gemm", "MatMul"))
 
-_CACHED = 5_000_000
-"""Bytes of one feed's rows up to which they are gathered apart, in the cache, and then put to the others."""
+_CACHED = 2_000_000
+"""Bytes of patches that are gathered pixel by pixel, in the cache, before they are turned by channels."""
 
 MAX_BYTES = 96_000_000
 """Rows held at a time; weights beyond are gathered in further runs."""
@@ -129,7 +128,7 @@ def sampled_beside(
     ndarray of shape (groups, rows, inputs), float32
     ndarray of shape (groups, rows, outputs), or None where the tensor is of another shape.
     """
-    rows = piece = np.empty((0, 0, 0), np.float32)
+    rows = np.empty((0, 0, 0), np.float32)
     beside, shown = [], stream.shown
     for done, number in enumerate(shown):
         x = stream.tensor(number, tap.source)
@@ -139,11 +138,7 @@ def sampled_beside(
         part = slice(done * few, (done + 1) * few)
         if not rows.size:
             rows = np.empty((weight.groups, few * len(shown), weight.inputs), np.float32)
-            if weight.groups > 1 or rows[:, part].nbytes <= _CACHED:
-                piece = np.empty((few, weight.groups, weight.inputs), np.float32)
-        tap.put(weight, x, picked, piece if piece.size else rows[:, part].swapaxes(0, 1))
-        if piece.size:
-            rows[:, part] = piece.swapaxes(0, 1)
+        tap.put(weight, x, picked, rows[:, part].swapaxes(0, 1))
         if name is not None:
             beside.append(tap.output_rows(weight, x.shape, stream.tensor(number, name), picked))
     alike = [y for y in beside if y is not None]
@@ -323,21 +318,22 @@ def _geometry(node: ir.Node, weight: Weight, shape: tuple[int, ...]) -> _Geometr
 def _put_patches(weight: Weight, x: Array, g: _Geometry, picked: Array, rows: Array) -> None:
     """Put im2col at some output positions into (rows, groups, inputs); zeros beyond the border."""
     image, *places = np.unravel_index(picked, (x.shape[0], *g.outputs))
-    patches = rows.reshape(len(picked), x.shape[1], weight.tap)
+    offsets = np.indices(g.kernel).reshape(len(g.kernel), -1)
     pixels = np.moveaxis(x, 1, -1)
     if len(picked) * weight.tap > pixels.size // x.shape[1]:  # most are wanted more than once
         pixels = np.ascontiguousarray(pixels)
-    for tap, offsets in enumerate(product(*(range(k) for k in g.kernel))):
+    step = max(1, _CACHED // (x.itemsize * x.shape[1] * weight.tap))
+    for first in range(0, len(picked), step):
+        some = slice(first, first + step)
         at = [
-            p * s + o * d - b
+            p[some, None] * s + o * d - b
             for p, s, o, d, b in zip(places, g.strides, offsets, g.dilations, g.begins, strict=True)
         ]
-        inside = np.all([(a >= 0) & (a < n) for a, n in zip(at, x.shape[2:], strict=True)], axis=0)
-        if inside.all():
-            patches[:, :, tap] = pixels[(image, *at)]
-        else:
-            patches[inside, :, tap] = pixels[(image[inside], *(a[inside] for a in at))]
-            patches[~inside, :, tap] = 0
+        nearest = [np.clip(a, 0, n - 1) for a, n in zip(at, x.shape[2:], strict=True)]
+        patches = pixels[(image[some, None], *nearest)]
+        patches[np.any([a != b for a, b in zip(at, nearest, strict=True)], axis=0)] = 0
+        patches = patches.reshape(*patches.shape[:2], weight.groups, -1).transpose(0, 2, 3, 1)
+        rows[some] = patches.reshape(-1, weight.groups, weight.inputs)
 
 
 def mean_output(mean: Array, w: Array) -> Array:
