@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -119,57 +119,36 @@ class Problem:
 
         All steps are moved by one factor until the bits are near, however often that takes.
         """
-        weight, code = task.weight, code_for(bits)
+        code = code_for(bits)
         bits = max(bits + task.spare, min(bits, least_bits(code)))
         given = task.once("given", partial(_Given.of, task))
         lattices = task.once("lattices", partial(self._lattices, task, given, device))
-        flat = np.empty(0, code.kind)
-
-        def measured() -> float:
-            nonlocal flat
-            made = np.concatenate([arrays.to_host(each.integers) for each in lattices], axis=-1)
-            flat = layout.tensor(weight, made.reshape(given.shape)).reshape(-1).astype(code.kind)
-            return bits_of(flat, code) / flat.size
-
-        def go(how: Callable[[Lattice, float, int], None], factor: float) -> float:
-            list(arrays.side_by_side(lambda each: how(each, factor, code.most), lattices))
-            return measured()
-
-        factor, slope, floor = given.start(weight, code, bits)
-        near = max(_NEAR * bits, _FEW / weight.size)
-        got = go(Lattice.round, factor)
-
-        def correct(how: Callable[[Lattice, float, int], None], least: float = -1.0) -> None:
-            """Move the steps so that the bits should be near; learn how many fewer they really take."""
-            nonlocal factor, slope, got
-            doubled = max(float(np.clip((got - bits + near / 2) / slope, -1, 1)), least)
-            factor = max(factor * 2**doubled, floor)
-            before, got = got, go(how, factor)
-            if abs(before - got) > near:
-                slope = float(np.clip((before - got) / doubled, slope / 2, slope * 2))
-
-        far = _FARTHER if quick and task.lack is None else _FAR
+        moved = task.once("moved", lambda: _Moved.start(given, task.weight, code, lattices, bits))
+        moved.aim(bits)
+        far = moved.near * (_FARTHER if quick and task.lack is None else _FAR)
         for _ in range(_ROUNDS):
-            if abs(got - bits) > far * near:
-                correct(Lattice.round)
-        plainly = factor, slope
-        how, sweeps = (Lattice.sweep, _SWEEPS) if bits <= _SWEPT else (Lattice.round, 0)
+            if abs(moved.got - bits) > far:
+                moved.correct(Lattice.round)
+        if moved.plain:
+            moved.plainly = moved.factor, moved.slope
+        how, sweeps = (Lattice.sweep, _SWEEPS if moved.plain else 0) if bits <= _SWEPT else (Lattice.round, 0)
         for done in range(0 if quick else sweeps + _CORRECTED):
-            if done >= sweeps and got <= bits and (got >= bits - near or factor == floor):
+            if done >= sweeps and moved.got <= bits and (moved.got >= bits - moved.near or moved.least):
                 break
-            correct(how)
-        least = near / slope / 4
-        while not quick and got > bits and least < 1:
-            correct(how, least)
+            moved.correct(how)
+        least = moved.near / moved.slope / 4
+        while not quick and moved.got > bits and least < 1:
+            moved.correct(how, least)
             least *= 2
-        if not quick and (got > bits or factor > _ASTRAY * plainly[0]):  # larger steps took more bits
-            (factor, slope), least = plainly, near / plainly[1] / 4
-            got = go(Lattice.round, factor)
-            while got > bits and flat.any():
-                correct(Lattice.round, least)
+        if not quick and (moved.got > bits or moved.factor > _ASTRAY * moved.plainly[0]):
+            moved.slope, least = moved.plainly[1], moved.near / moved.plainly[1] / 4
+            moved.go(Lattice.round, moved.plainly[0])  # larger steps took more bits
+            while moved.got > bits and moved.integers.any():
+                moved.correct(Lattice.round, least)
                 least = min(2 * least, 1.0)
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
-        return flat, scale, error * 2 ** (got - bits) if quick and factor > floor else error
+        foretold = quick and not moved.least
+        return moved.integers, scale, error * 2 ** (moved.got - bits) if foretold else error
 
     def _joined(self, task: Task, made: Sequence[Rounded], unit: float) -> tuple[Array, Array, float]:
         """Put pieces together: digits (stack, rows, outputs), steps and the relative error."""
@@ -303,6 +282,80 @@ class _Given:
             lost = partial(_clipped, (numbers / sizes).reshape(-1), code.most)
             floor = min((floor / 2 ** (k / 2) for k in range(40)), key=lost)
         return max(factor, floor), max(slope, 0.3), floor
+
+
+@dataclass(slots=True)
+class _Moved:
+    """A weight's lattices, whose steps are moved until its code takes so many bits.
+
+    Attributes
+    ----------
+    given : _Given
+    weight : Weight
+    code : Code
+    lattices : list of Lattice
+        Of its pieces.
+    factor, slope, floor : float
+        Of the steps now; bits that twice as large ones save; and where they are too small.
+    integers : ndarray of shape (size,)
+    got, bits, near : float
+        What a number takes, what it may take, and how much less is near enough.
+    plain : bool
+        Whether every number was rounded as if for the first time, the last time.
+    plainly : (float, float)
+        Factor and slope when it last was.
+    """
+
+    given: _Given
+    weight: Weight
+    code: Code
+    lattices: list[Lattice]
+    factor: float
+    slope: float
+    floor: float
+    integers: Array = field(default_factory=lambda: np.empty(0, np.int8))
+    got: float = math.inf
+    bits: float = 0.0
+    near: float = 0.0
+    plain: bool = True
+    plainly: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def start(cls, given: _Given, weight: Weight, code: Code, lattices: list[Lattice], bits: float) -> _Moved:
+        """Round with the steps at which plainly rounded numbers take so many bits."""
+        made = cls(given, weight, code, lattices, *given.start(weight, code, bits))
+        made.go(Lattice.round, made.factor)
+        return made
+
+    def aim(self, bits: float) -> None:
+        """Say how many bits a number may take."""
+        self.bits, self.near = bits, max(_NEAR * bits, _FEW / self.weight.size)
+
+    @property
+    def least(self) -> bool:
+        """Whether smaller steps would lose more."""
+        return self.factor == self.floor
+
+    def go(self, how: Callable[[Lattice, float, int], None], factor: float) -> None:
+        """Round all pieces with other steps, and count."""
+        self.factor, self.plain = factor, how is Lattice.round
+        list(arrays.side_by_side(lambda each: how(each, factor, self.code.most), self.lattices))
+        made = np.concatenate([arrays.to_host(each.integers) for each in self.lattices], axis=-1)
+        made = layout.tensor(self.weight, made.reshape(self.given.shape)).reshape(-1)
+        self.integers = made.astype(self.code.kind)
+        self.got = bits_of(self.integers, self.code) / self.integers.size
+
+    def correct(self, how: Callable[[Lattice, float, int], None], least: float = -1.0) -> None:
+        """Move the steps so that the bits should be near; learn how many fewer they really take.
+
+        Numbers rounded once more hardly follow small moves: what they do not follow counts, too.
+        """
+        foreseen = (self.got - self.bits + self.near / 2) / self.slope
+        doubled, before = max(float(np.clip(foreseen, -1, 1)), least), self.got
+        self.go(how, max(self.factor * 2**doubled, self.floor))
+        saved = before - self.got
+        if max(abs(saved), abs(doubled) * self.slope) > self.near:
+            self.slope = float(np.clip(saved / doubled, self.slope / 2, self.slope * 2))
 
 
 def _clipped(numbers: Array, most: int, factor: float) -> float:
