@@ -146,6 +146,8 @@ class Problem:
             while moved.got > bits and moved.integers.any():
                 moved.correct(Lattice.round, least)
                 least = min(2 * least, 1.0)
+        if not quick and (how is Lattice.round or self.curvature.plain) and moved.got < moved.nearest[0]:
+            moved.go(Lattice.round, moved.nearest[1])  # nothing of what came between is kept
         _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
         foretold = quick and not moved.least
         return moved.integers, scale, error * 2 ** (moved.got - bits) if foretold else error
@@ -304,6 +306,8 @@ class _Moved:
         Whether every number was rounded as if for the first time, the last time.
     plainly : (float, float)
         Factor and slope when it last was.
+    nearest : (float, float)
+        What a number took of its bits at most, and the factor that gave this.
     """
 
     given: _Given
@@ -319,6 +323,7 @@ class _Moved:
     near: float = 0.0
     plain: bool = True
     plainly: tuple[float, float] = (0.0, 1.0)
+    nearest: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def start(cls, given: _Given, weight: Weight, code: Code, lattices: list[Lattice], bits: float) -> _Moved:
@@ -330,6 +335,7 @@ class _Moved:
     def aim(self, bits: float) -> None:
         """Say how many bits a number may take."""
         self.bits, self.near = bits, max(_NEAR * bits, _FEW / self.weight.size)
+        self.nearest = (self.got, self.factor) if self.got <= bits else (0.0, self.factor)
 
     @property
     def least(self) -> bool:
@@ -344,6 +350,8 @@ class _Moved:
         made = layout.tensor(self.weight, made.reshape(self.given.shape)).reshape(-1)
         self.integers = made.astype(self.code.kind)
         self.got = bits_of(self.integers, self.code) / self.integers.size
+        if self.nearest[0] < self.got <= self.bits:
+            self.nearest = self.got, factor
 
     def correct(self, how: Callable[[Lattice, float, int], None], least: float = -1.0) -> None:
         """Move the steps so that the bits should be near; learn how many fewer they really take.
