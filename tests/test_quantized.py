@@ -94,6 +94,30 @@ def test_matmul_on_either_side(left, levels):
     few_levels(made, "W", tensors["W"], (0,) if left else (1,))
 
 
+BLOCKED = {
+    "Conv": ("y = Conv(x, W)", "float[N,20,6,6] x", "float[N,6,4,4] y", (6, 20, 3, 3), 3),
+    "grouped Conv": ("y = Conv<group = 2>(x, W)", "float[N,32,6,6] x", "float[N,6,4,4] y", (6, 16, 3, 3), 3),
+    "Gemm": ("y = Gemm(x, W)", "float[N,128] x", "float[N,6] y", (128, 6), 2),
+    "Gemm, turned": ("y = Gemm<transB = 1>(x, W)", "float[N,192] x", "float[N,5] y", (5, 192), 3),
+    "too few rows": ("y = Conv(x, W)", "float[N,6,6,6] x", "float[N,6,4,4] y", (6, 6, 3, 3), 1),
+    "no divisor": ("y = MatMul(x, W)", "float[N,131] x", "float[N,6] y", (131, 6), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("levels", [255, 1625])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_many_levels_have_a_step_for_each_block_of_rows(name, levels):
+    body, given_, wanted, shape, blocks = BLOCKED[name]
+    rng = np.random.default_rng(levels)
+    tensors = {"W": draw(rng, *shape)}
+    x = draw(rng, 2, *map(int, given_[8:-3].split(",")))
+    made = exactly(model(body, given_, wanted, tensors), {"x": x}, levels)
+    columns = 5 if name == "Gemm, turned" else 6
+    assert made.encoded["W"].arrays["scale"].shape == (columns * blocks,)
+    lost = np.abs(made.decoded()["W"] - tensors["W"]).max()
+    assert lost <= 4 * np.abs(tensors["W"]).max() / levels
+
+
 STORED = {
     "ConvTranspose": ("y = ConvTranspose(x, W)", "float[N,5,6,6] x", "float[N,4,8,8] y", (5, 4, 3, 3), (1,)),
     "grouped ConvTranspose": (
@@ -200,7 +224,7 @@ def test_samples_turn_the_error_to_where_it_does_least_harm():
 
 
 def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkeypatch):
-    monkeypatch.setattr("onnxdp.methods.problem.MOST_INPUTS", 16)
+    monkeypatch.setattr("onnxdp.methods.layout.MOST_INPUTS", 16)
     rng = np.random.default_rng(4)
     weight = weight_of((5, 48), op="Gemm")
     task = Task(weight, draw(rng, 5, 48), draw(rng, 1, 90, 48) / np.float32(90**0.5), False)
@@ -208,6 +232,20 @@ def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkey
     made = QUANT.encode(task, {"levels": 5}, Settings(), device="cpu")
     assert made.arrays["scale"].shape == (5,) and made.nbytes == QUANT.cost(weight, {"levels": 5})
     assert all(len(np.unique(row)) <= 5 for row in QUANT.decode(weight, made))
+
+
+def test_blocks_of_rows_lie_within_the_parts_of_a_matrix_of_many_inputs(monkeypatch):
+    monkeypatch.setattr("onnxdp.methods.layout.MOST_INPUTS", 160)
+    rng = np.random.default_rng(4)
+    weight, tensor = weight_of((5, 480), op="Gemm"), draw(rng, 5, 480)
+    tensor[:, :40] *= 30
+    task = Task(weight, tensor, draw(rng, 1, 90, 480) / np.float32(90**0.5), False)
+    assert Problem.of(task, "cpu").parts == 3
+    made = QUANT.encode(task, {"levels": 255}, Settings(), device="cpu")
+    assert made.arrays["scale"].shape == (5 * 12,) and made.nbytes == QUANT.cost(weight, {"levels": 255})
+    monkeypatch.setattr("onnxdp.methods.layout._BLOCK", 1 << 20)
+    one = QUANT.encode(task, {"levels": 255}, Settings(), device="cpu")
+    assert made.error < 0.7 * one.error
 
 
 # ---- bytes

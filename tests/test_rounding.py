@@ -277,6 +277,36 @@ def test_digits_are_levels_and_the_error_is_what_they_lose(inputs, outputs, leve
     assert np.all(np.abs(made.energy - quadratic(moment, w)) <= 4 * (inputs + 2) * EPS32 * quadratic(h, full))
 
 
+def spread_out(made, inputs):
+    """The steps of blocks for every row, float64."""
+    return np.repeat(made.scale.astype(np.float64), inputs // made.scale.shape[1], axis=1)
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+@pytest.mark.parametrize(("levels", "parts", "blocks"), [(255, 1, 4), (1625, 1, 2), (255, 2, 3), (7, 1, 6)])
+def test_blocks_have_steps_of_their_own(levels, parts, blocks, sweeps):
+    w, moment = problem(24, 5, seed=levels, stack=2)
+    w[:, :4] *= 20  # so that a step for the whole column is too large for the others
+    curvature = curved(moment)
+    made = round_weights(w, curvature, levels, parts=parts, blocks=blocks, sweeps=sweeps)
+    assert made.scale.shape == (2, blocks, 5) and made.digits.max() < levels and np.all(made.scale > 0)
+    q, step = units(made, levels), spread_out(made, 24)
+    back = q * step
+    h = np.abs(moment.astype(np.float64)) + curvature.damping[:, None, None] * np.eye(24)
+    lost, known = np.abs(w - back), EPS32 * (np.abs(w) + np.abs(back))
+    bound = 4 * 26 * EPS32 * quadratic(h, lost) + 4 * np.einsum("sin,sij,sjn->sn", known, h, lost + known)
+    assert np.all(np.abs(made.error - quadratic(moment, w - back)) <= bound)
+    one = round_weights(w, curvature, levels, parts=parts, sweeps=sweeps)
+    assert made.error.sum() < 0.7 * one.error.sum()
+
+
+def test_one_row_a_block_is_met_to_the_bit_where_the_norm_is_plain():
+    """Nothing but the top of the range keeps a step from its number: the first scale tried beyond it."""
+    w, _ = problem(12, 4, seed=2)
+    made = round_weights(w, Curvature.flat(12, w), 255, blocks=12)
+    assert np.abs(w - units(made, 255) * spread_out(made, 12)).max() <= np.abs(w).max() / 254
+
+
 @pytest.mark.parametrize("levels", [2, 3, 4, 16])
 @pytest.mark.parametrize("sweeps", [0, 2])
 def test_inputs_that_are_never_seen_are_rounded_to_nearest(levels, sweeps):

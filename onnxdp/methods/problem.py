@@ -31,8 +31,6 @@ DAMPING = (0.1, 0.3)
 """Added to the diagonal of H, over its mean: a + b * inputs / samples; made-up inputs are not real ones."""
 ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
-MOST_INPUTS = 6144
-"""Rows of a matrix whose second moment is formed whole; longer ones feed errors back within parts."""
 OPSET = 17
 """Operator set that bytes are counted for; a file's own may pack a little worse."""
 
@@ -51,7 +49,7 @@ class Problem:
             inputs = task.weight.size // layout.columns(task.weight)
             return cls(Curvature.flat(inputs, arrays.to_device(np.zeros(1, np.float32), device)), 1)
         groups, rows, inputs = task.samples.shape
-        parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= MOST_INPUTS)
+        parts = layout.parts(inputs)
         x = task.samples.reshape(groups, rows, parts, inputs // parts).swapaxes(1, 2)
         x = arrays.to_device(x.reshape(groups * parts, rows, inputs // parts), device)
         xp = arrays.namespace(x)
@@ -86,8 +84,11 @@ class Problem:
         tries, sweeps = (1, 0) if quick else (3, 3)
         given = Given.of(task)
 
+        ways = {"parts": self.parts, "tries": tries, "sweeps": sweeps}
+        ways["blocks"] = layout.blocks(task.weight, levels) // self.parts or 1
+
         def some(w: arrays.Array) -> Rounded:
-            return round_weights(w, self.curvature, levels, parts=self.parts, tries=tries, sweeps=sweeps)
+            return round_weights(w, self.curvature, levels, **ways)
 
         moved = list(self._pieces(task, given, device))
         return self._joined(task, list(arrays.side_by_side(some, moved)), given.unit)
@@ -118,9 +119,12 @@ class Problem:
         )
         outputs = digits.shape[-1]
         digits = digits.reshape(len(digits) // self.parts, -1, outputs)
-        scale = scales.reshape(-1, self.parts, outputs)[:, 0].reshape(-1) * np.float32(unit)
+        if scales.ndim == 3:  # of blocks
+            scales = layout.flat(task.weight, scales.reshape(len(digits), -1, outputs))
+        else:
+            scales = scales.reshape(-1, self.parts, outputs)[:, 0].reshape(-1)
         lost, whole = (float(np.sum(a, dtype=np.float64)) for a in (errors, energies))
-        return digits, scale, (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
+        return digits, scales * np.float32(unit), (max(lost, 0.0) / (max(whole, 0.0) or 1.0)) ** 0.5
 
     def _lattices(self, task: Task, given: Given, device: str) -> list[Lattice]:
         steps = given.steps(self.parts, device)

@@ -1,6 +1,6 @@
 """Rounded weights: whole numbers and a step per output, packed into words, decoded when a session is made.
 
-    W' = s q,    s in float16, one per output
+    W' = s q,    s in float16, one per output (from 255 levels on, one for a block of rows of each)
 
 The whole numbers q are as few ``bits`` each as wanted, frequent ones fewer than others
 (:mod:`onnxdp.methods.codes`); or, for models whose operators cannot undo that, for factors and for many
@@ -67,7 +67,8 @@ class Quantized:
 
     def outline(self, weight: Weight, params: Params) -> Encoded:
         """Return arrays of the right shapes and types, or that take the bits there are."""
-        scale = unlike_others(np.ones(layout.columns(weight), np.float16), weight.name)
+        steps = _steps(weight, params)
+        scale = unlike_others(np.ones(layout.columns(weight) * steps, np.float16), weight.name)
         if "bits" in params:
             made = words_of(codes.like(weight.name, weight.size, float(params["bits"])), params)
         else:
@@ -93,7 +94,8 @@ class Quantized:
         """Compare shapes with an outline's; the words of a code have to be as many as its digits take."""
         made = encoded.arrays
         scale = made.get("scale")
-        if scale is None or scale.dtype.kind != "f" or scale.shape != (layout.columns(weight),):
+        steps = layout.columns(weight) * _steps(weight, encoded.params)
+        if scale is None or scale.dtype.kind != "f" or scale.shape != (steps,):
             return False
         if "bits" not in encoded.params:
             like = self.outline(weight, encoded.params).arrays
@@ -119,7 +121,7 @@ class Quantized:
             packed = Packing.best(levels, weight.size, OPSET)
             value = packed.unpack(encoded.arrays["words"], weight.size).astype(np.float32)
             value -= (levels - 1) / 2
-        value = value.reshape(layout.stored(weight))
+        value = value.reshape(layout.stored(weight, _steps(weight, encoded.params)))
         value *= layout.beside(weight, encoded.arrays["scale"].astype(np.float32))
         return value.reshape(weight.shape)
 
@@ -145,4 +147,10 @@ class Quantized:
             if code != packed:
                 words = code.pack(packed.unpack(words, weight.size))
         steps = layout.beside(weight, scale.astype(np.float32) * np.float32(unit))
-        return streams.draw(build, Part(weight, code, words, layout.stored(weight), steps, half))
+        stored = layout.stored(weight, _steps(weight, encoded.params))
+        return streams.draw(build, Part(weight, code, words, stored, steps, half))
+
+
+def _steps(weight: Weight, params: Params) -> int:
+    """Count the steps of a column."""
+    return 1 if "bits" in params else layout.blocks(weight, int(params["levels"]))

@@ -136,8 +136,8 @@ class Rounded:
     ----------
     digits : array of shape (stack, inputs, outputs), uint8, or uint16 above 255 levels; int16 of a lattice
         k, or whole steps, in the weight's own order of rows.
-    scale : array of shape (stack, outputs), float32
-        The same for all parts of one column.
+    scale : array of shape (stack, outputs), float32; (stack, blocks, outputs) of blocks
+        The same for all parts of one column, but for those of blocks.
     error : array of shape (stack, outputs), float32
         ``(w - q)^T H (w - q)``, without the damping's share.
     energy : array of shape (stack, outputs), float32
@@ -151,9 +151,16 @@ class Rounded:
 
 
 def round_weights(
-    w: Array, curvature: Curvature, levels: int, *, parts: int = 1, tries: int = 3, sweeps: int = 3
+    w: Array,
+    curvature: Curvature,
+    levels: int,
+    *,
+    parts: int = 1,
+    tries: int = 3,
+    sweeps: int = 3,
+    blocks: int = 1,
 ) -> Rounded:
-    """Round each column with a scale of its own.
+    """Round each column with a scale of its own, or one for each block of its rows.
 
     Parameters
     ----------
@@ -167,6 +174,9 @@ def round_weights(
         Scales for which the whole column is rounded, an odd number; the best is kept, once refitted.
     sweeps : int
         Rounds of coordinate descent and of refitting the scales.
+    blocks : int
+        Consecutive, equal runs of rows in each matrix: their scales are chosen one by one, and refitted by a
+        factor for the whole column.
 
     Returns
     -------
@@ -174,20 +184,24 @@ def round_weights(
     """
     xp = arrays.namespace(w)
     half = (levels - 1) / 2
+    own_steps = _block_scales(w, curvature, levels, blocks) if blocks > 1 else None
+    grid = None if own_steps is None else _spread_out(own_steps, w, curvature)
     w = take(w, curvature.order)
     white = w if curvature.plain else whitened(w, curvature.feedback)
-    first = _first_scale(w, curvature.pivots, levels, parts)
+    first = xp.ones_like(w[:, 0, :])
+    if grid is None:
+        first = _first_scale(w, curvature.pivots, levels, parts)
     wide = _SPREAD / levels**0.5
     factors = [1 + wide * (2 * t / (tries - 1) - 1) for t in range(tries)] if tries > 1 else [1.0]
     scale, q, least, own = first, w, xp.full_like(first, float("inf")), first
     for factor in factors:
         step = first * factor
         unit = w / step[:, None, :]
-        tried, missed = _nearest(unit, half), unit
         if curvature.plain:
+            tried = _nearest(unit, half, grid)
             missed = unit - tried
         else:
-            tried, missed = _feedback(unit, curvature.feedback, half)
+            tried, missed = _feedback(unit, curvature.feedback, half, grid)
         more, error = fitted(white / step[:, None, :] - missed, missed, curvature.pivots, parts)
         more, error = step * more, step**2 * error
         whole = _joined(error, parts)
@@ -195,12 +209,14 @@ def round_weights(
         least, scale, own = (xp.where(hit, a, b) for a, b in ((whole, least), (more, scale), (error, own)))
         q = xp.where(hit[:, None, :], tried, q)
     if sweeps:
-        q, scale, own = _swept(w, q, scale, curvature, half, parts, sweeps)
+        q, scale, own = _swept(w, q, scale, curvature, half, parts, sweeps, grid)
     lost = w - q * scale[:, None, :]
     error = own - curvature.damping[:, None] * xp.sum(lost * lost, axis=1)
     energy = xp.sum(white * white * curvature.pivots[:, :, None], axis=1)
     energy -= curvature.damping[:, None] * xp.sum(w * w, axis=1)
-    digits = take(q + half, xp.argsort(curvature.order, axis=-1))
+    digits = q + half if grid is None else xp.round(q / grid + half)
+    digits = take(digits, xp.argsort(curvature.order, axis=-1))
+    scale = scale if own_steps is None else own_steps * scale[:, None, :]
     kind = xp.uint8 if levels <= 255 else xp.uint16
     return Rounded(xp.astype(digits, kind), scale, error, energy)
 
@@ -337,16 +353,23 @@ def fitted(q: Array, missed: Array, pivots: Array, parts: int = 1) -> tuple[Arra
 
 
 def _swept(
-    w: Array, q: Array, scale: Array, curvature: Curvature, half: float, parts: int, sweeps: int
+    w: Array,
+    q: Array,
+    scale: Array,
+    curvature: Curvature,
+    half: float,
+    parts: int,
+    sweeps: int,
+    grid: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Return levels, scales and errors after rounds of coordinate descent and of refitting the scales."""
     xp = arrays.namespace(w)
     hw = hq = _times(curvature, w)
     for _ in range(sweeps):
         if curvature.plain:
-            q = _nearest(w / scale[:, None, :], half)
+            q = _nearest(w / scale[:, None, :], half, grid)
         else:
-            _sweep(hw, scale[:, None, :], q, curvature.moment, half)
+            _sweep(hw, scale[:, None, :], q, curvature.moment, half, grid)
         hq = _times(curvature, q)
         over, under = (_joined(xp.sum(q * x, axis=1), parts) for x in (hw, hq))
         scale = ratio(over, under, scale)
@@ -362,8 +385,10 @@ def _raise_diagonal(stack: Array, by: Array) -> None:
     flat[:, :: m + 1] += xp.astype(by, stack.dtype)[:, None]
 
 
-def _feedback(w: Array, feedback: Array, half: float) -> tuple[Array, Array]:
+def _feedback(w: Array, feedback: Array, half: float, grid: Array | None = None) -> tuple[Array, Array]:
     """Round row after row, each told the errors of those before it; all in units of the step.
+
+    Levels are whole numbers and a half, or as many times the numbers of ``grid``, which is like ``w``.
 
     Returns
     -------
@@ -379,13 +404,16 @@ def _feedback(w: Array, feedback: Array, half: float) -> tuple[Array, Array]:
         target = given + 0.0
         if i:
             target += xp.matrix_transpose(feedback[:, :i, i:j]) @ lost[:, :i, :]
-        q[:, i:j, :] = _in_turn(target, given, feedback[:, i:j, i:j], half)
+        part = None if grid is None else grid[:, i:j, :]
+        q[:, i:j, :] = _in_turn(target, given, feedback[:, i:j, i:j], half, part)
         missed[:, i:j, :] = target - q[:, i:j, :]
         lost[:, i:j, :] = given - q[:, i:j, :]
     return q, missed
 
 
-def _sweep(hw: Array, scale: Array | float, q: Array, moment: Array, half: float) -> None:
+def _sweep(
+    hw: Array, scale: Array | float, q: Array, moment: Array, half: float, grid: Array | None = None
+) -> None:
     """Move every entry once to the level that is best with all others fixed (coordinate descent).
 
     Parameters
@@ -398,6 +426,8 @@ def _sweep(hw: Array, scale: Array | float, q: Array, moment: Array, half: float
     moment : array of shape (stack, inputs, inputs)
         H.
     half : float
+    grid : array of the same shape as ``hw``, or None
+        As of :func:`_feedback`.
     """
     xp = arrays.namespace(q)
     diagonal = xp.linalg.diagonal(moment)[:, :, None]
@@ -407,10 +437,11 @@ def _sweep(hw: Array, scale: Array | float, q: Array, moment: Array, half: float
         own, before = diagonal[:, i:j, :], q[:, i:j, :]
         pull = hw[:, i:j, :] / scale - moment[:, i:j, :] @ q  # no H q is kept up to date: that takes longer
         inner = xp.matrix_transpose(moment[:, i:j, i:j] / own)
-        q[:, i:j, :] = _in_turn(before + pull / own, before, inner, half)
+        part = None if grid is None else grid[:, i:j, :]
+        q[:, i:j, :] = _in_turn(before + pull / own, before, inner, half, part)
 
 
-def _in_turn(aim: Array, given: Array, told: Array, half: float) -> Array:
+def _in_turn(aim: Array, given: Array, told: Array, half: float, grid: Array | None = None) -> Array:
     """Round row after row to the level nearest to its aim; what each lacks of ``given`` later ones are told.
 
     Parameters
@@ -421,6 +452,7 @@ def _in_turn(aim: Array, given: Array, told: Array, half: float) -> Array:
     told : array of shape (stack, rows, rows)
         What rows (last axis) gain for what others before them lack.
     half : float
+    grid : array of the same shape as ``aim``, or None
 
     Returns
     -------
@@ -433,7 +465,9 @@ def _in_turn(aim: Array, given: Array, told: Array, half: float) -> Array:
     for i in range(0, rows, _ROWS):
         j = min(i + _ROWS, rows)
         for r in range(i, j):
-            q[:, r, :] = xp.minimum(xp.maximum(xp.round(aim[:, r, :] + half), low), high) - half
+            row = aim[:, r, :] if grid is None else aim[:, r, :] / grid[:, r, :]
+            row = xp.minimum(xp.maximum(xp.round(row + half), low), high) - half
+            q[:, r, :] = row if grid is None else row * grid[:, r, :]
             if r + 1 < j:
                 lost = given[:, r, :] - q[:, r, :]
                 aim[:, r + 1 : j, :] += told[:, r, r + 1 : j, None] * lost[:, None, :]
@@ -468,10 +502,29 @@ def _first_scale(w: Array, pivots: Array, levels: int, parts: int) -> Array:
     return best
 
 
-def _nearest(x: Array, half: float) -> Array:
+def _block_scales(w: Array, curvature: Curvature, levels: int, blocks: int) -> Array:
+    """Return the step for each block of rows that rounds it best by itself, (stack, blocks, outputs)."""
+    xp = arrays.namespace(w)
+    stack, inputs, outputs = w.shape
+    pivots = take(curvature.pivots[:, :, None], xp.argsort(curvature.order, axis=-1))
+    pivots = xp.broadcast_to(pivots[:, :, 0], (stack, inputs))
+    cut = stack * blocks, inputs // blocks
+    scales = _first_scale(xp.reshape(w, (*cut, outputs)), xp.reshape(pivots, cut), levels, 1)
+    return xp.reshape(scales, (stack, blocks, outputs))
+
+
+def _spread_out(steps: Array, w: Array, curvature: Curvature) -> Array:
+    """Return the steps of blocks for every row, (stack, inputs, outputs), rows in processing order."""
+    xp = arrays.namespace(w)
+    return take(xp.repeat(steps, w.shape[1] // steps.shape[1], axis=1), curvature.order)
+
+
+def _nearest(x: Array, half: float, grid: Array | None = None) -> Array:
     xp = arrays.namespace(x)
     low, high = _bounds(x, half)
-    return xp.minimum(xp.maximum(xp.round(x + half), low), high) - half
+    x = x if grid is None else x / grid
+    x = xp.minimum(xp.maximum(xp.round(x + half), low), high) - half
+    return x if grid is None else x * grid
 
 
 def _times(curvature: Curvature, x: Array) -> Array:

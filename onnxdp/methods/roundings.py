@@ -170,7 +170,10 @@ def cost(weight: Weight, params: Params) -> int:
     steps = 2 * layout.columns(weight)
     if "bits" in params:
         return math.ceil(float(params["bits"]) * weight.size / 8) + steps
-    return Packing.best(int(params["levels"]), weight.size, OPSET).nbytes(weight.size) + steps
+    levels = int(params["levels"])
+    return Packing.best(levels, weight.size, OPSET).nbytes(weight.size) + steps * layout.blocks(
+        weight, levels
+    )
 
 
 def _way(params: Params) -> Way:
