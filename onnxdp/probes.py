@@ -379,9 +379,9 @@ def _gallery(
         number = i - standard if turned else i
         if number not in drawn:
             drawn[number] = pictures.draw([number], c, h, w, seed)
-        if turned and i not in drawn:
-            drawn[i] = np.ascontiguousarray(np.rot90(drawn[number], 1 if h == w else 2, (2, 3)))
-        return drawn[i]
+        if not turned:
+            return drawn[number]
+        return np.ascontiguousarray(np.rot90(drawn[number], 1 if h == w else 2, (2, 3)))
 
     mean, deviation = np.zeros(c), np.ones(c)
     if dtype.kind == "f":

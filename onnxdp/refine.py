@@ -123,7 +123,8 @@ def refine(
             progress("refitting weights", done, len(order), choice.weight)
             seen = _look(compressed, spot, changes, workshop.seed)
             arrays.trim()
-            lack = aims.rows - seen.gives(w)
+            lack = seen.gives(w)
+            np.subtract(aims.rows, lack, out=lack)  # large
             fit = partial(_refit, workshop, choice, w, aims, seen, lack, quick=quick)
             if room is None or choice.weight not in closing:
                 new, shift = fit()
@@ -226,9 +227,15 @@ class Seen:
 
     def gives(self, w: Array) -> Array:
         """Return what the weight puts out, with what is added to it, (groups, rows, outputs)."""
-        parts = [w[..., columns] for columns in arrays.pieces(w.shape[-1], _MANY)]
-        out = np.concatenate(list(arrays.side_by_side(self.rows.__matmul__, parts)), axis=-1)
-        return out if self.beside is None else out + self.beside
+        out = np.empty((*self.rows.shape[:2], w.shape[-1]), np.float32)
+
+        def some(columns: slice) -> None:
+            np.matmul(self.rows, w[..., columns], out=out[..., columns])
+
+        list(arrays.side_by_side(some, arrays.pieces(w.shape[-1], _MANY)))
+        if self.beside is not None:
+            out += self.beside
+        return out
 
 
 @dataclass(frozen=True, slots=True)
