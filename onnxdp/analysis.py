@@ -34,7 +34,7 @@ MEASURED = (16.0, 4.0, 2.0)
 
 _FREE = (*TARGETS, "macs", "refit", "short_names", "prune", "device", "analysis", "save_analysis")
 """Settings that may differ from those of the analysis: they ask for something, or change what follows it."""
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class Analysis:
         UsageError
             It is no such file, or another version's.
         """
-        held = archives.read(path)
+        held = archives.read(path, "make one with --save-analysis")
         try:
             header = json.loads(bytes(held["header"]))
             made_by = header["schema"], header["onnxdp"]

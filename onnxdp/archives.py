@@ -18,15 +18,17 @@ __all__ = ["check", "read", "read_one", "shown", "some"]
 _DAMAGED = (OSError, zipfile.BadZipFile, zlib.error, EOFError)
 
 
-def read(path: Path) -> dict[str, Array]:
+_SAVED = "write it with numpy.savez(FILE, **{input name: array})"
+
+
+def read(path: Path, again: str = _SAVED) -> dict[str, Array]:
     """Read all arrays of an ``.npz``; pickled content is never opened.
 
     Raises
     ------
     UsageError
-        It is absent, no archive, damaged, or holds pickled objects.
+        It is absent, no archive, damaged, or holds pickled objects; it says what to do ``again``.
     """
-    again = "write it with numpy.savez(FILE, **{input name: array})"
     try:
         if not zipfile.is_zipfile(path):
             raise UsageError(f"{path} is {'no .npz archive' if path.exists() else 'not there'}; {again}.")

@@ -152,10 +152,9 @@ def test_arrays_that_fit_no_weight_are_refused(kept, options, tmp_path):
 def test_what_is_no_analysis_is_refused(kept, options, content, tmp_path):
     path = tmp_path / "bad.npz"
     path.write_bytes(kept[0].read_bytes()[:-100] if content == "cut" else content)
-    with pytest.raises(UsageError, match=str(path)):
-        Analysis.read(path)
-    with pytest.raises(UsageError):
-        Analysis.read(tmp_path / "absent.npz")
+    for bad in (path, tmp_path / "absent.npz"):
+        with pytest.raises(UsageError, match=f"{bad}.*--save-analysis"):
+            Analysis.read(bad)
 
 
 def test_channels_that_go_are_remembered(tmp_path):

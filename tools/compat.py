@@ -38,13 +38,14 @@ CASES = (
     ("models/cifar10_resnet20", 16),
     ("models/cifar10_vgg16_half", 24),
     ("models/imagenet_squeezenet11", 8),
+    ("models/imagenet_resnet18_large_ktb", 4),
     ("models/imagenet_resnet18_large_ktb", 12),
     ("zoo/silero_vad", 4),
     ("zoo/dtln_1", 4),
     ("zoo/slovorez_fp16", 4),
 )
-"""File and ratio; the VGG's zeros run on, ResNet-18's weights are large and read tables, and the last three
-hold LSTM weights in branches, LSTM weights, and float16 throughout."""
+"""File and ratio; the VGG's zeros run on, ResNet-18's weights are large and have steps for blocks of rows, or
+read tables, and the last three hold LSTM weights in branches, LSTM weights, and float16 throughout."""
 
 
 @dataclass(frozen=True)
