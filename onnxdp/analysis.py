@@ -32,7 +32,7 @@ BITS = (16.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
 MEASURED = (16.0, 4.0, 2.0)
 """... and for which damage is measured ahead: the numbers of levels that are tried at all."""
 
-_FREE = (*TARGETS, "macs", "refit", "short_names", "prune", "device", "analysis", "save_analysis")
+_FREE = (*TARGETS, "macs", "short_names", "prune", "device", "analysis", "save_analysis")
 """Settings that may differ from those of the analysis: they ask for something, or change what follows it."""
 _SCHEMA = 3
 

@@ -207,7 +207,13 @@ def _arrays(
         raise UsageError(
             f"{path} is neither a folder of pictures nor a .npy or .npz; put pictures into a folder."
         )
-    counted = {n: x for n, x in arrays.items() if plan.axes.get(n) == 0 and x.ndim}
+    for spec in specs:
+        if plan.axes.get(spec.name) == 0 and spec.name in arrays and not arrays[spec.name].ndim:
+            raise UsageError(
+                f"{spec.name!r} in {path} is a single number and the model takes "
+                f"{archives.shown(spec.shape)}; save an array of samples."
+            )
+    counted = {n: x for n, x in arrays.items() if plan.axes.get(n) == 0}
     return {n: x[_spread(len(x), most, plan)] if n in counted else x for n, x in arrays.items()}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.build import unlike_others
 from onnxdp.errors import PlanError, UsageError
-from onnxdp.methods.form import Aimed, Foreseeing, Form, Keeping, Lighter, Restorable, Solved, Task
+from onnxdp.methods.form import Aimed, Foreseeing, Form, Holding, Keeping, Lighter, Restorable, Solved, Task
 from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import Item
@@ -109,10 +109,9 @@ class Workshop:
         total = len(self.weights)
         done = 0
         self._source = (network, probes) if network is not None and probes is not None else None
-        tried = self.sequential and self._settings.refit is not False  # and made once more
-        stream = None
+        stream, share = None, 1.0
         if network is not None and probes is not None:
-            stream = Stream(network, probes.every(2) if tried and probes.samples >= MANY else probes)
+            stream, share = self._shown(network, probes, tried=self._tried)
         if network is not None:
             items.sort(key=lambda item: stats.first_place(network, self.found, item[0]))
 
@@ -120,8 +119,7 @@ class Workshop:
             members = [w for item in chunk for w in item]
             if network is None or stream is None:
                 return members, {}
-            seed, share = self._settings.seed, _TRIED_ON if tried else 1.0
-            return members, stats.gather(stream, self.found, members, network, seed=seed, share=share)
+            return members, stats.gather(stream, self.found, members, network, seed=self.seed, share=share)
 
         for members, seen in arrays.ahead(gathered, stats.chunks(items, probes.samples if probes else 1)):
             arrays.trim()
@@ -144,6 +142,18 @@ class Workshop:
             tasks.clear()  # large, and not wanted beside the next
             seen.clear()
         progress("solving weights", total, total, "")
+
+    @property
+    def _tried(self) -> bool:
+        """Whether ways are only tried, and what is chosen is made once more."""
+        return self.sequential and self._settings.refit is not False
+
+    @staticmethod
+    def _shown(network: Network, probes: Probes, *, tried: bool) -> tuple[Stream, float]:
+        """Return what shows weights their inputs, and the share of the rows that they take."""
+        if not tried:
+            return Stream(network, probes), 1.0
+        return Stream(network, probes.every(2) if probes.samples >= MANY else probes), _TRIED_ON
 
     def rest(self) -> None:
         """Let go of what was solved: nothing is encoded any more."""
@@ -409,13 +419,14 @@ class Workshop:
         """Return the task with the samples that were kept, if any."""
         return replace(self._task(self.weights[name], None), samples=self._samples.get(name))
 
-    def _task_again(self, name: str) -> Task:
-        """Gather what one weight sees once more, where it was not kept."""
+    def _task_again(self, name: str, *, tried: bool) -> Task:
+        """Gather what one weight sees once more, where it was not kept; as it was tried, or all."""
         weight = self.weights[name]
         if name in self._samples or self._source is None or self._settings.unweighted:
             return self._task_kept(name)
         network, probes = self._source
-        seen = stats.gather(Stream(network, probes), self.found, [weight], network, seed=self.seed)
+        stream, share = self._shown(network, probes, tried=tried)
+        seen = stats.gather(stream, self.found, [weight], network, seed=self.seed, share=share)
         return self._task(weight, seen.get(name))
 
     def _run(self, tasks: Mapping[str, Task], job: tuple[Form, Group]) -> Solved:
@@ -482,7 +493,8 @@ class Workshop:
             return kept[1]
         solved = self._solved[key]
         ready = solved.ready([by_name[n].params for n in group])
-        tasks = [self._task_kept(n) if ready else self._task_again(n) for n in group]
+        held = self._tried and isinstance(solved, Holding) and solved.holds
+        tasks = [self._task_kept(n) if ready else self._task_again(n, tried=held) for n in group]
         encoded = solved.encode(tasks, [by_name[n].params for n in group])
         self._last[key] = (params, encoded)
         return encoded

@@ -400,6 +400,8 @@ def test_arrays_that_cannot_be_used(tmp_path: Path) -> None:
     refused(tmp_path / "x.npz", "holds 'y', which is no input")
     np.save(file, PIXELS[:5])
     refused(file, "multiple of 8", InputSpec("x", "float32", (8, 3, 32, 32)))
+    np.save(file, np.float32(3))
+    refused(file, "a single number")
 
 
 def test_one_array_cannot_feed_two_inputs(tmp_path: Path) -> None:

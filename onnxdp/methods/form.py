@@ -117,6 +117,15 @@ class Foreseeing(Protocol):
 
 
 @runtime_checkable
+class Holding(Protocol):
+    """A solution that may hold what it was solved on, and tries more ways on that."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does; one that was restored is to be given the very same again."""
+
+
+@runtime_checkable
 class Restorable(Protocol):
     """A form whose solutions can be restored without samples."""
 

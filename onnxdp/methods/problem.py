@@ -7,7 +7,6 @@ method.md 1.3 (the target that makes up for what earlier weights lost), 4.2 and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,11 +57,6 @@ class Problem:
         mean = xp.where(mean > 0, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
         return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was factored, about."""
-        return 8 * int(math.prod(self.curvature.moment.shape))
 
     def encoded(self, task: Task, params: Params, *, quick: bool, device: str) -> Encoded:
         """Round and pack; quickly, where that is only to be measured."""
@@ -160,6 +154,11 @@ class Problem:
         xp = arrays.namespace(w)
         pull = xp.matrix_transpose(x) @ y
         return w + ALPHA * self.curvature.solve(xp.reshape(pull, w.shape))
+
+
+def factored(weight: Weight) -> int:
+    """Return the bytes of what is factored for a weight whose inputs are known, about."""
+    return 8 * weight.groups * weight.inputs**2 // layout.parts(weight.inputs)
 
 
 def kept(scale: Array, unit: float) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from onnxdp.methods import codes, layout, packing
 from onnxdp.methods.form import Task
 from onnxdp.methods.packing import Packing
-from onnxdp.methods.problem import NAME, OPSET, Problem, kept
+from onnxdp.methods.problem import NAME, OPSET, Problem, factored, kept
 from onnxdp.records import Array, Candidate, Encoded, Params, Weight
 
 LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 16, 23, 40, 84, 127, 255, 1625)
@@ -73,8 +73,13 @@ class Roundings:
         """Try what is missing."""
         problem = Problem.of(task, self._device)
         self._made |= {way: self._quick(task, way, problem) for way in self.missing(task)}
-        if problem.nbytes <= _KEPT:
+        if self.holds:
             self._problem = problem
+
+    @property
+    def holds(self) -> bool:
+        """Whether what it takes to try more ways stays."""
+        return factored(self._weight) <= _KEPT
 
     def kept(self) -> Sequence[Encoded]:
         """Return what was rounded."""
