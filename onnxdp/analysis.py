@@ -19,6 +19,7 @@ import numpy as np
 from onnxdp import archives, files
 from onnxdp.encoding import Solutions
 from onnxdp.errors import UsageError
+from onnxdp.looks import Aims
 from onnxdp.plain import to_plain
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped, Fit
@@ -34,7 +35,7 @@ MEASURED = (16.0, 4.0, 2.0)
 
 _FREE = (*TARGETS, "macs", "short_names", "prune", "device", "analysis", "save_analysis")
 """Settings that may differ from those of the analysis: they ask for something, or change what follows it."""
-_SCHEMA = 3
+_SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Analysis:
     solved : Solutions
     damages : mapping
         Of single candidates, measured on ``held_out``.
+    aims : mapping of str to Aims
+        What weights put out on ``fit``.
     """
 
     sha256: str
@@ -68,6 +71,7 @@ class Analysis:
     effect: Effect | None
     solved: Solutions
     damages: Mapping[Named, float]
+    aims: Mapping[str, Aims]
 
     def check(self, sha256: str, settings: Settings) -> None:
         """Refuse an analysis of another model, or one made with other options.
@@ -127,6 +131,7 @@ class Analysis:
                 for e in some
             ],
             "damages": [[w, m, dict(params), d] for (w, m, params), d in self.damages.items()],
+            "aims": {n: [keep(a.rows), keep(a.mean), keep(a.mean_beside)] for n, a in self.aims.items()},
         }
         held["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         whole = io.BytesIO()
@@ -184,6 +189,10 @@ class Analysis:
             effect,
             Solutions({n: get(k) for n, k in header["means"].items()}, made),
             {named(w, m, p): float(d) for w, m, p, d in header["damages"]},
+            {
+                n: Aims(get(rows), get(mean), get(beside))
+                for n, (rows, mean, beside) in header["aims"].items()
+            },
         )
 
 

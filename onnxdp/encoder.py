@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from onnxdp import arrays
 from onnxdp import model as model_file
 from onnxdp.damage import Search
 from onnxdp.encoding import MANY, Workshop
+from onnxdp.looks import KEPT, Aims, Original, spots
 from onnxdp.network import Network
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
 from onnxdp.records import Candidate, Encoded, Made
-from onnxdp.refine import KEPT, Original, refine
+from onnxdp.refine import refine
 from onnxdp.result import Rewriter
 from onnxdp.settings import Progress, Settings
 
@@ -98,6 +100,24 @@ class Encoder:
         """Let go of what is kept of the network as it was; what is asked next makes it again."""
         self._originals.clear()
 
+    def keep(self) -> Mapping[str, Aims]:
+        """Return what the original's weights put out, as far as there is room, and keep it for fitting."""
+        if not self.sequential:
+            return {}
+        workshop = self._workshop
+        self._originals[False] = original = Original(workshop, self.network, self.fit, KEPT)
+        order = spots(workshop, self.network, workshop.weights)
+        with arrays.one_blas_thread():
+            for done, spot in enumerate(order):
+                self.progress("keeping outputs", done, len(order), spot.weight.name)
+                original.aims(spot)
+        original.rest()
+        return original.kept
+
+    def restore(self, known: Mapping[str, Aims]) -> None:
+        """Take up what an earlier run kept."""
+        self._originals[False] = Original(self._workshop, self.network, self.fit, known=known)
+
     def _refined(self, choices: Sequence[Candidate], *, quick: bool = False) -> Made:
         probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
         if not quick:
@@ -105,7 +125,7 @@ class Encoder:
         if quick not in self._originals:
             again = quick or self._settings.error_target is not None
             kept = KEPT if again and self._workshop.light else 0
-            self._originals[quick] = Original(self.network, probes, kept)
+            self._originals[quick] = Original(self._workshop, self.network, probes, kept)
         return refine(
             self._workshop,
             self.network,

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxdp import arrays, planner, stats, weights
 from onnxdp.build import unlike_others
-from onnxdp.errors import PlanError, UsageError
+from onnxdp.errors import PlanError, misfit
 from onnxdp.methods.form import Aimed, Foreseeing, Form, Holding, Keeping, Lighter, Restorable, Solved, Task
 from onnxdp.network import Network
 from onnxdp.pieces import Stream
@@ -178,10 +178,7 @@ class Workshop:
                 for e in made:
                     form.check(w, e.params)
                     if not form.fits(w, e):
-                        raise UsageError(
-                            f"The analysis holds arrays that do not fit {w.name}; make it again with "
-                            "--save-analysis."
-                        )
+                        raise misfit(w.name)
                 solved = form.restored(self._task(w, None), made, self._settings, device=self._device)
                 if solved is not None:
                     self._solved[form.name, (w.name,)] = solved

@@ -69,3 +69,10 @@ class SetupError(OnnxdpError):
     """The machine lacks what is needed: ONNX Runtime, CUDA, memory, disk space."""
 
     exit_code = 3
+
+
+def misfit(weight: str) -> UsageError:
+    """Return the refusal of an analysis whose arrays are not of a weight's shapes."""
+    return UsageError(
+        f"The analysis holds arrays that do not fit {weight}; make it again with --save-analysis."
+    )

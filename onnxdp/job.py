@@ -183,6 +183,8 @@ class Job:
             started,
             _measured={} if known is None else dict(known.damages),
         )
+        if known is not None:
+            job.encoder.restore(known.aims)
         if settings.save_analysis is not None:
             with _clock(seconds, "analysing"):
                 job._analysed(effect, bits).write(settings.save_analysis)
@@ -220,6 +222,7 @@ class Job:
             effect,
             self.workshop.kept(),
             self._measured,
+            self.encoder.keep(),
         )
 
     def _search(self) -> Search:

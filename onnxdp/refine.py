@@ -15,7 +15,6 @@ method.md 1.3 (reduced-rank regression with the predecessor's error); prototype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,7 +22,8 @@ import numpy as np
 
 from onnxdp import arrays, stats, weights
 from onnxdp.encoding import Workshop
-from onnxdp.network import Changes, Network
+from onnxdp.looks import Aims, Original, Seen, look, original_blocks, spots
+from onnxdp.network import Network
 from onnxdp.pieces import Stream
 from onnxdp.planner import KEEP
 from onnxdp.probes import Probes
@@ -34,12 +34,6 @@ ALPHA = 1.0
 """Share of the way to the refitted weight; made-up probes deserve less than full trust."""
 RIDGE = (0.03, 0.3)
 """delta over the mean diagonal of H': a + b * inputs / samples."""
-
-_QUICK = 2048
-"""Rows that a weight is fitted on where the result is only to be measured."""
-
-_MANY = 64
-"""Columns from which halves of a product are worked out side by side."""
 
 _CLOSED = 6
 """Times that a weight is encoded to fill a file ..."""
@@ -52,9 +46,6 @@ _SAME = 1e-3
 
 Room: TypeAlias = Callable[[Sequence[Encoded]], tuple[int, float]]
 """Gives the bytes left over, and how many may be."""
-
-KEPT = 64_000_000
-"""Bytes of what the original's weights put out that may be kept for another round."""
 
 
 def refine(
@@ -91,49 +82,36 @@ def refine(
     list of Encoded, dict of str to ndarray
         The new forms, and what the bias behind each weight gains.
     """
-    taps = {c.weight: stats.single_tap(workshop.found, workshop.weights[c.weight]) for c in choices}
-    order = sorted(
-        (
-            c
-            for c in choices
-            if c.method != KEEP
-            and c.weight in network.fed
-            and taps[c.weight]
-            and "dictionary" not in c.params
-        ),
-        key=lambda c: stats.first_place(network, workshop.found, workshop.weights[c.weight]),
-    )
-    later = {c.weight for c in order}
-    closing = _closing(workshop, order) if room is not None else ()
+    fitted = {c.weight: c for c in choices if c.method != KEEP and "dictionary" not in c.params}
+    order = spots(workshop, network, fitted, quick=quick)
+    later = {spot.weight.name for spot in order}
+    coded = [spot.weight for spot in order if "bits" in fitted[spot.weight.name].params]
+    closing = _closing(coded) if room is not None else ()
     encoded = {e.weight: e for e in workshop.encode([c for c in choices if c.weight not in later])}
     shifts = workshop.shifts(list(encoded.values()))
     changes = workshop.fed(network, list(encoded.values()), shifts)
-    original, compressed = original or Original(network, probes), Stream(network, probes)
-
-    def aimed(choice: Candidate) -> tuple[Candidate, Spot, Array, Aims]:
-        weight, tap = workshop.weights[choice.weight], taps[choice.weight]
-        assert tap is not None
-        rows = min(stats.rows_wanted(weight), _QUICK) if quick else stats.rows_wanted(weight)
-        spot = Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(workshop.found, weight))
-        w = weights.blocks(weight, weights.tensor_of(workshop.found, weight.name)).astype(np.float32)
-        return choice, spot, w, original.aims(spot, w, workshop.seed)
+    original = original or Original(workshop, network, probes)
+    compressed = Stream(network, probes)
 
     with arrays.one_blas_thread():  # the original runs on while a weight is encoded
-        for done, (choice, spot, w, aims) in enumerate(arrays.ahead(aimed, order)):
-            progress("refitting weights", done, len(order), choice.weight)
-            seen = _look(compressed, spot, changes, workshop.seed)
+        for done, (spot, aims) in enumerate(zip(order, arrays.ahead(original.aims, order), strict=True)):
+            name = spot.weight.name
+            progress("refitting weights", done, len(order), name)
+            seen = look(compressed, spot, changes, workshop.seed)
             arrays.trim()
+            w = original_blocks(workshop, spot.weight)
             lack = seen.gives(w)
+            aims.check(spot.weight, lack.shape)
             np.subtract(aims.rows, lack, out=lack)  # large
-            fit = partial(_refit, workshop, choice, w, aims, seen, lack, quick=quick)
-            if room is None or choice.weight not in closing:
+            fit = partial(_refit, workshop, fitted[name], w, aims, seen, lack, quick=quick)
+            if room is None or name not in closing:
                 new, shift = fit()
             else:
                 left = partial(_beside, room, list(encoded.values()))
                 new, shift = _filled(partial(fit, memo={}), left, spot.weight)
-            encoded[choice.weight] = new
+            encoded[name] = new
             if spot.centred:
-                shifts[choice.weight] = shift
+                shifts[name] = shift
             changes.update(workshop.fed(network, [new], shifts))
     original.rest()
     return [encoded[c.weight] for c in choices if c.weight in encoded], shifts
@@ -175,110 +153,10 @@ def _filled(
     return (new, shift) if best is None else best[1:]
 
 
-def _closing(workshop: Workshop, order: Sequence[Candidate]) -> Sequence[str]:
+def _closing(order: Sequence[Weight]) -> Sequence[str]:
     """Name the last large weight, where some bytes more or less hardly matter, and those after it."""
-    names = [c.weight for c in order if "bits" in c.params]
-    sizes = [workshop.weights[n].size for n in names]
-    large = [i for i, size in enumerate(sizes) if size >= _LARGE * max(sizes)]
-    return names[large[-1] :] if large else ()
-
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """A weight, the one place where it meets activations, and how they are looked at there.
-
-    Attributes
-    ----------
-    weight : Weight
-    tap : Tap
-    place : int
-        In graph order.
-    rows : int
-        To sample.
-    centred : bool
-        Whether the bias takes up their mean.
-    """
-
-    weight: Weight
-    tap: stats.Tap
-    place: int
-    rows: int
-    centred: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a weight sees in one of the two networks, over the root of the number of rows; centred or not.
-
-    Attributes
-    ----------
-    rows : ndarray of shape (groups, rows, inputs), float32
-    mean : ndarray of shape (groups, inputs), float64
-        What was taken off.
-    beside : ndarray of shape (groups, rows, outputs), float32, or None
-        What is added to the weight's output at the same places; None where nothing that is known by now is.
-    mean_beside : ndarray of shape (groups, 1, outputs), float32
-    """
-
-    rows: Array
-    mean: Array
-    beside: Array | None
-    mean_beside: Array
-
-    def gives(self, w: Array) -> Array:
-        """Return what the weight puts out, with what is added to it, (groups, rows, outputs)."""
-        out = np.empty((*self.rows.shape[:2], w.shape[-1]), np.float32)
-
-        def some(columns: slice) -> None:
-            np.matmul(self.rows, w[..., columns], out=out[..., columns])
-
-        list(arrays.side_by_side(some, arrays.pieces(w.shape[-1], _MANY)))
-        if self.beside is not None:
-            out += self.beside
-        return out
-
-
-@dataclass(frozen=True, slots=True)
-class Aims:
-    """What a weight puts out in the original, centred as what it sees is: rows and means as of Seen."""
-
-    rows: Array
-    mean: Array
-    mean_beside: Array
-
-
-class Original:
-    """The original network: what its weights put out never changes, and some of it is kept.
-
-    Parameters
-    ----------
-    network : Network
-    probes : Probes
-    room : int
-        Bytes that may be kept.
-    """
-
-    def __init__(self, network: Network, probes: Probes, room: int = 0) -> None:
-        self._run = network, probes
-        self._kept: dict[str, Aims] = {}
-        self._room = room
-        self.rest()
-
-    def rest(self) -> None:
-        """Let go of tensors and sessions; what is asked next makes them again."""
-        self._stream = Stream(*self._run)
-
-    def aims(self, spot: Spot, w: Array, seed: int) -> Aims:
-        """Return what a weight, its blocks (groups, inputs, outputs) being ``w``, puts out."""
-        name = spot.weight.name
-        if name in self._kept:
-            return self._kept[name]
-        seen = _look(self._stream, spot, {}, seed)
-        aims = Aims(seen.gives(w), seen.mean, seen.mean_beside)
-        if aims.rows.nbytes <= self._room:
-            self._room -= aims.rows.nbytes
-            self._kept[name] = aims
-        return aims
+    large = [i for i, w in enumerate(order) if w.size >= _LARGE * max(w.size for w in order)]
+    return [w.name for w in order[large[-1] :]] if large else ()
 
 
 def _refit(
@@ -326,34 +204,3 @@ def _ridge_solve(b: Array, target: Array) -> Array:
             gram[np.diag_indices(rows)] += delta[g]
             out[g] = x.T @ np.linalg.solve(gram, y.astype(np.float64)).astype(np.float32)
     return out
-
-
-def _look(stream: Stream, spot: Spot, changes: Changes, seed: int) -> Seen:
-    """Move a network on to a weight, and return what it sees there."""
-    stream.advance(spot.place, changes)
-    x, beside = _rows(stream, spot, seed)
-    groups, count, inputs = x.shape
-    root = np.float32(count**0.5)
-    mean = np.zeros((groups, inputs))
-    mean_beside = np.zeros((groups, 1, spot.weight.outputs), np.float32)
-    if spot.centred:  # large: in place
-        mean = x.mean(axis=1, dtype=np.float64)
-        x -= mean[:, None, :].astype(np.float32)
-    x /= root
-    if beside is not None:
-        if spot.centred:
-            mean_beside = beside.mean(axis=1, keepdims=True)
-            beside -= mean_beside
-        beside /= root
-    return Seen(x, mean, beside, mean_beside)
-
-
-def _rows(stream: Stream, spot: Spot, seed: int) -> tuple[Array, Array | None]:
-    """Return sampled rows of the weight's input, and those of what is added to its output.
-
-    (groups, rows, inputs), and (groups, rows, outputs) at the same places; None where nothing that is known
-    by now is added. The last layer before a residual join repairs the other branch's error, too (method.md
-    1.3).
-    """
-    other = spot.tap.added if spot.tap.added is not None and stream.has(spot.tap.added) else None
-    return stats.sampled_beside(stream, spot.weight, spot.tap, other, spot.rows, seed)

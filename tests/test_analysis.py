@@ -8,7 +8,7 @@ from edges import decaying, parsed, save
 from test_sweep import DIGITS
 
 import onnxdp
-from onnxdp import preparation, stats
+from onnxdp import looks, preparation, refine, stats
 from onnxdp.analysis import Analysis
 from onnxdp.errors import PlanError, UsageError
 
@@ -61,6 +61,23 @@ def test_what_is_known_is_not_asked_again(kept, options, tmp_path, monkeypatch):
     if "method" not in options:
         refuse_to(monkeypatch, (stats, "gather"))
     onnxdp.plan(DIGITS, ratio=4, analysis=kept[0], **options)
+
+
+@pytest.mark.parametrize("options", [{}], indirect=True, ids=["quant"])
+def test_fitting_again_runs_only_the_compressed_network(kept, options, monkeypatch):
+    looked = []
+    look = looks.look
+
+    def counted(stream, *rest):
+        looked.append(stream)
+        return look(stream, *rest)
+
+    for owner in (looks, refine):
+        monkeypatch.setattr(owner, "look", counted)
+    for known, networks in ((None, 2), (kept[0], 1)):
+        looked.clear()
+        onnxdp.plan(DIGITS, ratio=4, analysis=known, **options)
+        assert len({id(stream) for stream in looked}) == networks
 
 
 def test_a_sweep_starts_from_an_analysis(kept, options):
@@ -165,7 +182,16 @@ def test_arrays_that_fit_no_weight_are_refused(kept, options, tmp_path):
     def unheard(header, held):
         header["made"][0][2] = {"levels": 1000}
 
-    for change, kind in ((shortened, UsageError), (spelled, UsageError), (unheard, PlanError)):
+    def few(header, held):
+        for number, *_ in header["aims"].values():
+            held[f"array{number}"] = held[f"array{number}"][:, :-1]
+
+    def whole(header, held):
+        for number, *_ in header["aims"].values():
+            held[f"array{number}"] = held[f"array{number}"].astype(np.int32)
+
+    changes = [(change, UsageError) for change in (shortened, spelled, few, whole)]
+    for change, kind in [*changes, (unheard, PlanError)]:
         with pytest.raises(kind):
             edited = rewritten(kept[0], tmp_path / "edited.npz", change)
             onnxdp.plan(DIGITS, ratio=4, analysis=edited, **options)
