@@ -6,7 +6,6 @@ gives the same bytes with it as without.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -134,9 +133,8 @@ class Analysis:
             "aims": {n: [keep(a.rows), keep(a.mean), keep(a.mean_beside)] for n, a in self.aims.items()},
         }
         held["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        whole = io.BytesIO()
-        np.savez(whole, allow_pickle=False, **held)
-        files.write(path, whole.getvalue())
+        with files.writing(path) as file:
+            np.savez(file, allow_pickle=False, **held)
 
     @classmethod
     def read(cls, path: Path) -> Analysis:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from onnxdp.errors import SetupError, UsageError
 
@@ -49,12 +52,18 @@ def write(path: Path | None, content: str | bytes) -> None:
     """Write a text file (or any other) whole or not at all."""
     if path is None:
         return
-    data = content if isinstance(content, bytes) else f"{content}\n".encode()
+    with writing(path) as file:
+        file.write(content if isinstance(content, bytes) else f"{content}\n".encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to, which appears at ``path`` once all is well."""
     path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)  # mkstemp makes it private

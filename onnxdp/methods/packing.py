@@ -74,9 +74,19 @@ class Packing:
             raise ValueError("There is nothing to pack.")
         least: tuple[int, int, int] | None = None
         chosen = None
-        for packing in sorted(offered(levels, opset), key=lambda p: p.nbytes(size)):
-            if least and packing.nbytes(size) > least[0]:
+        ways = sorted(offered(levels, opset), key=lambda p: p.nbytes(size))
+        divided = streamed and size <= _SPREAD  # what decodes such words then grows with their digits
+        short = {p.word: p for p in sorted(ways, key=lambda p: -p.digits)} if divided else {}
+        for packing in ways:
+            words = packing.nbytes(size)
+            if least and words > least[0]:
                 break  # the words alone are more
+            if (
+                least
+                and divided
+                and words + _decoding(short[packing.word], opset, False, first, True) > least[0]
+            ):
+                continue
             key = (
                 packing.cost(size, opset, first=first, streamed=streamed),
                 BITS[packing.word],

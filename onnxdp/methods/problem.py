@@ -101,7 +101,7 @@ class Problem:
             stepped.near(bits, alone=task.lack is None)
         else:
             stepped.meet(bits)
-        _, scale, error = self._joined(task, [each.rounded() for each in lattices], given.unit)
+        _, scale, error = self._joined(task, list(arrays.side_by_side(Lattice.rounded, lattices)), given.unit)
         foretold = quick and not stepped.at_floor
         return stepped.integers, scale, error * 2 ** (stepped.got - bits) if foretold else error
 
