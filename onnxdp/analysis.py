@@ -18,7 +18,7 @@ import numpy as np
 from onnxdp import archives, files
 from onnxdp.encoding import Solutions
 from onnxdp.errors import UsageError
-from onnxdp.looks import Aims
+from onnxdp.looks import Aims, Kept, Seen
 from onnxdp.plain import to_plain
 from onnxdp.probes import Probes
 from onnxdp.pruning import Dropped, Fit
@@ -57,8 +57,8 @@ class Analysis:
     solved : Solutions
     damages : mapping
         Of single candidates, measured on ``held_out``.
-    aims : mapping of str to Aims
-        What weights put out on ``fit``.
+    kept : mapping of str to Seen or Aims
+        What weights put out on ``fit``, or see there.
     """
 
     sha256: str
@@ -70,7 +70,7 @@ class Analysis:
     effect: Effect | None
     solved: Solutions
     damages: Mapping[Named, float]
-    aims: Mapping[str, Aims]
+    kept: Mapping[str, Kept]
 
     def check(self, sha256: str, settings: Settings) -> None:
         """Refuse an analysis of another model, or one made with other options.
@@ -130,7 +130,10 @@ class Analysis:
                 for e in some
             ],
             "damages": [[w, m, dict(params), d] for (w, m, params), d in self.damages.items()],
-            "aims": {n: [keep(a.rows), keep(a.mean), keep(a.mean_beside)] for n, a in self.aims.items()},
+            "kept": {
+                n: [isinstance(k, Seen), keep(k.rows), keep(k.mean), keep(k.mean_beside)]
+                for n, k in self.kept.items()
+            },
         }
         held["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         with files.writing(path) as file:
@@ -187,10 +190,7 @@ class Analysis:
             effect,
             Solutions({n: get(k) for n, k in header["means"].items()}, made),
             {named(w, m, p): float(d) for w, m, p, d in header["damages"]},
-            {
-                n: Aims(get(rows), get(mean), get(beside))
-                for n, (rows, mean, beside) in header["aims"].items()
-            },
+            {n: _kept(seen, *map(get, told)) for n, (seen, *told) in header["kept"].items()},
         )
 
 
@@ -228,3 +228,7 @@ def _probes(told: Mapping[str, Any], get: Any) -> Probes:
         bool(told["dynamic"]),
         tuple(told["parts"]),
     )
+
+
+def _kept(seen: bool, rows: Array, mean: Array, mean_beside: Array) -> Kept:
+    return Seen(rows, mean, None, mean_beside) if seen else Aims(rows, mean, mean_beside)

@@ -73,4 +73,5 @@ def _probabilities(scores: Array) -> Array:
 
 def finite(scores: Array) -> Array:
     """Return the scores in float64, far off where they are beyond all bounds."""
-    return np.nan_to_num(np.asarray(scores, np.float64), posinf=1e30, neginf=-1e30)
+    whole = np.array(scores, np.float64)
+    return whole if np.isfinite(whole).all() else np.nan_to_num(whole, posinf=1e30, neginf=-1e30)

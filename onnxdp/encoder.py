@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from onnxdp import arrays
 from onnxdp import model as model_file
 from onnxdp.damage import Search
 from onnxdp.encoding import MANY, Workshop
-from onnxdp.looks import KEPT, Aims, Original, spots
+from onnxdp.looks import Kept, Original, last, spots
 from onnxdp.network import Network
 from onnxdp.planner import Choice
 from onnxdp.probes import Probes
@@ -47,6 +46,8 @@ class Encoder:
     progress: Progress
     budget: int | None
     """Bytes that the whole file may have."""
+    often: bool = False
+    """Whether several choices are to be encoded: for several targets, or on the way to an error."""
     _originals: dict[bool, Original] = field(default_factory=dict)
     """Whether quick -> what is kept of the network as it was."""
 
@@ -100,32 +101,25 @@ class Encoder:
         """Let go of what is kept of the network as it was; what is asked next makes it again."""
         self._originals.clear()
 
-    def keep(self) -> Mapping[str, Aims]:
+    def keep(self) -> Mapping[str, Kept]:
         """Return what the original's weights put out, as far as there is room, and keep it for fitting."""
         if not self.sequential:
             return {}
-        workshop = self._workshop
-        self._originals[False] = original = Original(workshop, self.network, self.fit, KEPT)
-        order = spots(workshop, self.network, workshop.weights)
-        with arrays.one_blas_thread():
-            for done, spot in enumerate(order):
-                self.progress("keeping outputs", done, len(order), spot.weight.name)
-                original.aims(spot)
-        original.rest()
-        return original.kept
+        self._originals[False] = self._kept(self.fit, quick=False)
+        return self._originals[False].kept
 
-    def restore(self, known: Mapping[str, Aims]) -> None:
+    def restore(self, known: Mapping[str, Kept]) -> None:
         """Take up what an earlier run kept."""
-        self._originals[False] = Original(self._workshop, self.network, self.fit, known=known)
+        once = not self.often
+        self._originals[False] = Original(self._workshop, self.network, self.fit, known, once=once)
 
     def _refined(self, choices: Sequence[Candidate], *, quick: bool = False) -> Made:
         probes = self.fit.every(2) if quick and self.fit.samples >= MANY else self.fit
         if not quick:
             self._originals.pop(True, None)  # there is no way back
         if quick not in self._originals:
-            again = quick or self._settings.error_target is not None
-            kept = KEPT if again and self._workshop.light else 0
-            self._originals[quick] = Original(self._workshop, self.network, probes, kept)
+            alone = Original(self._workshop, self.network, probes)
+            self._originals[quick] = self._kept(probes, quick=quick) if quick or self.often else alone
         return refine(
             self._workshop,
             self.network,
@@ -136,6 +130,13 @@ class Encoder:
             original=self._originals[quick],
             room=None if quick or self.budget is None else partial(self._room, choices, self.budget),
         )
+
+    def _kept(self, probes: Probes, *, quick: bool) -> Original:
+        """Run the original by itself, and keep what its weights put out."""
+        order = spots(self._workshop, self.network, self._workshop.weights, quick=quick)
+        original = Original(self._workshop, self.network, probes, once=not (quick or self.often))
+        original.keep(last(order, probes.samples), self.progress)
+        return original
 
     def _room(
         self, choices: Sequence[Candidate], budget: int, encoded: Sequence[Encoded]

@@ -170,12 +170,13 @@ class Job:
             workshop.solve(network, fit, progress)
         rewriter = Rewriter(model, found, workshop, settings)
         budget = settings.budget(model.nbytes) if plan is None else plan.budget
+        often = bool(also) or (settings.error_target is not None and plan is None)
         job = cls(
             original,
             whole,
             thinner,
             dropped,
-            Encoder(rewriter, network, fit, progress, budget),
+            Encoder(rewriter, network, fit, progress, budget, often=often),
             held_out,
             device,
             notices,
@@ -184,7 +185,7 @@ class Job:
             _measured={} if known is None else dict(known.damages),
         )
         if known is not None:
-            job.encoder.restore(known.aims)
+            job.encoder.restore(known.kept)
         if settings.save_analysis is not None:
             with _clock(seconds, "analysing"):
                 job._analysed(effect, bits).write(settings.save_analysis)

@@ -5,9 +5,10 @@ Rows are sampled at the same places in both, so that what outputs lack is told r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from onnxdp.network import Changes, Network
 from onnxdp.pieces import Stream
 from onnxdp.probes import Probes
 from onnxdp.records import Array, Weight
+from onnxdp.settings import Progress
 
 KEPT = 128_000_000
 """Bytes of what the original's weights put out that may be kept for another round."""
@@ -83,6 +85,20 @@ class Seen:
             out += self.beside
         return out
 
+    def aims(self, w: Array) -> Aims:
+        """Return what the weight puts out as what another is to put out."""
+        return Aims(self.gives(w), self.mean, self.mean_beside)
+
+    def check(self, weight: Weight) -> None:
+        """Refuse what was read and is not what a weight sees.
+
+        Raises
+        ------
+        UsageError
+            It is not.
+        """
+        _check(self, weight, (weight.groups, self.rows.shape[1], weight.inputs))
+
 
 @dataclass(frozen=True, slots=True)
 class Aims:
@@ -99,24 +115,26 @@ class Aims:
     mean: Array
     mean_beside: Array
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return int(self.rows.nbytes + self.mean.nbytes + self.mean_beside.nbytes)
-
-    def check(self, weight: Weight, shape: tuple[int, ...]) -> None:
-        """Refuse what was read and is not of this shape (groups, rows, outputs), as a weight's outputs are.
+    def check(self, weight: Weight, rows: int) -> None:
+        """Refuse what was read and is not what a weight puts out, so many rows.
 
         Raises
         ------
         UsageError
             It is not.
         """
-        shapes = self.rows.shape, self.mean.shape, self.mean_beside.shape
-        groups, _, outputs = shape
-        kinds = {a.dtype.kind for a in (self.rows, self.mean, self.mean_beside)}
-        if shapes != (shape, (groups, weight.inputs), (groups, 1, outputs)) or kinds != {"f"}:
-            raise misfit(weight.name)
+        _check(self, weight, (weight.groups, rows, weight.outputs))
+
+
+Kept: TypeAlias = Seen | Aims
+"""What is kept of the original for a weight: what it puts out, or what it sees where that is less."""
+
+
+def _check(kept: Kept, weight: Weight, shape: tuple[int, ...]) -> None:
+    means = (weight.groups, weight.inputs), (weight.groups, 1, weight.outputs)
+    held = kept.rows, kept.mean, kept.mean_beside
+    if tuple(a.shape for a in held) != (shape, *means) or {a.dtype.kind for a in held} != {"f"}:
+        raise misfit(weight.name)
 
 
 class Original:
@@ -127,10 +145,10 @@ class Original:
     workshop : Workshop
     network : Network
     probes : Probes
-    room : int
-        Bytes that may be kept.
-    known : mapping of str to Aims
+    known : mapping of str to Seen or Aims
         By weight, what was kept of the same network and probes before.
+    once : bool
+        Whether what was kept is given once: asked again, the network is run again.
     """
 
     def __init__(
@@ -138,13 +156,15 @@ class Original:
         workshop: Workshop,
         network: Network,
         probes: Probes,
-        room: int = 0,
-        known: Mapping[str, Aims] = MappingProxyType({}),
+        known: Mapping[str, Kept] = MappingProxyType({}),
+        *,
+        once: bool = False,
     ) -> None:
         self._workshop = workshop
         self._run = network, probes
-        self._room = room
-        self.kept = dict(known)
+        self._halts = [spot.place for spot in spots(workshop, network, workshop.weights)]
+        self._once = once
+        self.kept: dict[str, Kept] = dict(known)
         self.rest()
 
     def rest(self) -> None:
@@ -153,15 +173,35 @@ class Original:
 
     def aims(self, spot: Spot) -> Aims:
         """Return what a weight puts out."""
-        name = spot.weight.name
-        if name in self.kept:
-            return self.kept[name]
-        seen = look(self._stream, spot, {}, self._workshop.seed)
-        aims = Aims(seen.gives(original_blocks(self._workshop, spot.weight)), seen.mean, seen.mean_beside)
-        if aims.nbytes <= self._room:
-            self._room -= aims.nbytes
-            self.kept[name] = aims
-        return aims
+        name, w = spot.weight.name, original_blocks(self._workshop, spot.weight)
+        known = self.kept.pop(name, None) if self._once else self.kept.get(name)
+        if isinstance(known, Aims):
+            return known
+        if known is None:
+            known = self._seen(spot)
+        else:
+            known.check(spot.weight)
+        return known.aims(w)
+
+    def keep(self, order: Sequence[Spot], progress: Progress) -> None:
+        """Keep what weights put out, or see where that is less."""
+        with arrays.one_blas_thread():
+            for done, spot in enumerate(order):
+                progress("running the original", done, len(order), spot.weight.name)
+                seen = self._seen(spot)
+                aims = seen.aims(original_blocks(self._workshop, spot.weight))
+                less = seen.beside is None and seen.rows.nbytes < aims.rows.nbytes
+                self.kept[spot.weight.name] = seen if less else aims
+                arrays.trim()
+        self.rest()
+
+    def _seen(self, spot: Spot) -> Seen:
+        if spot.place < self._stream.place:
+            self.rest()
+        for place in self._halts:  # where it is halted decides what is fused, and so the last bits
+            if self._stream.place < place < spot.place:
+                self._stream.advance(place, {})
+        return look(self._stream, spot, {}, self._workshop.seed)
 
 
 def spots(workshop: Workshop, network: Network, names: Iterable[str], *, quick: bool = False) -> list[Spot]:
@@ -184,6 +224,18 @@ def spots(workshop: Workshop, network: Network, names: Iterable[str], *, quick: 
         rows = min(stats.rows_wanted(weight), _QUICK) if quick else stats.rows_wanted(weight)
         result.append(Spot(weight, tap, network.place(tap.output), rows, weights.can_centre(found, weight)))
     return sorted(result, key=lambda spot: spot.place)
+
+
+def last(order: Sequence[Spot], samples: int, room: int = KEPT) -> Sequence[Spot]:
+    """Return the last weights for which there is room: those before them take short runs to look at again."""
+    for count, spot in enumerate(reversed(order)):
+        weight = spot.weight
+        rows = min(spot.rows, samples * max(1, weight.positions))
+        wide = weight.outputs if spot.tap.added else min(weight.inputs, weight.outputs)
+        room -= 4 * rows * weight.groups * wide
+        if room < 0:
+            return order[len(order) - count :]
+    return order
 
 
 def original_blocks(workshop: Workshop, weight: Weight) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,9 +31,9 @@ class Meter:
         self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
         self._halts = network.halts
         self._session = network.session(self._all)
-        self._base = [self._clean(network.run(self._session, f, self._all, {})) for f in probes.feeds]
-        self._power = {n: _variance(np.stack([b[n] for b in self._base]), probes) for n in self._floating()}
-        self._size = {n: float(sum(np.square(b[n]).sum() for b in self._base)) for n in self._floating()}
+        self._base = [network.run(self._session, f, self._all, {}) for f in probes.feeds]
+        self._power = {n: _variance(np.stack(list(self._known(n))), probes) for n in self._floating()}
+        self._size = {n: float(sum(np.square(b).sum() for b in self._known(n))) for n in self._floating()}
         self.rest()
 
     def rest(self) -> None:
@@ -53,10 +53,9 @@ class Meter:
         Damage is the squared error of the watched outputs over their variance between samples, the mean of
         all outputs; the relative error is ``||z - z'|| / ||z||``, the largest of all outputs as they are.
         """
-        got = [
-            self._clean(self.network.run(self._session, f, self._all, changes)) for f in self._probes.feeds
-        ]
-        return self._compare(got)
+        return self._compare(
+            self.network.run(self._session, f, self._all, changes) for f in self._probes.feeds
+        )
 
     def alone(self, weight: str, changes: Changes) -> float:
         """Return the damage of changes to one weight, running only what comes after it."""
@@ -82,10 +81,10 @@ class Meter:
         """Return the damage of a tail's weights with changes to one of them, those before it as given."""
         place = self.network.position(weight)
         self._bring(stream, place, before)
-        got = [
-            self._clean(tail.run(place, {**feed, **stream.state(number)}, changes))
+        got = (
+            tail.run(place, {**feed, **stream.state(number)}, changes)
             for number, feed in enumerate(self._probes.feeds)
-        ]
+        )
         return self._compare(got)[0]
 
     def _bring(self, stream: Stream, place: int, before: Changes) -> None:
@@ -94,25 +93,28 @@ class Meter:
         for halt in self._halts[bisect_right(self._halts, done) : bisect_right(self._halts, place)]:
             stream.advance(halt, before)
 
-    def _clean(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
-        return {n: finite(a) if a.dtype.kind == "f" else a for n, a in outputs.items()}
+    def _known(self, name: str) -> Iterator[Array]:
+        """Give an output of the original, feed by feed: twice as large as it is kept."""
+        return (finite(b[name]) for b in self._base)
 
     def _floating(self) -> Iterator[str]:
         for name in self._all:
             if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
                 yield name
 
-    def _compare(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
+    def _compare(self, got: Iterable[Mapping[str, Array]]) -> tuple[float, float]:
+        apart: dict[str, float] = {}
+        for outputs, base in zip(got, self._base, strict=True):
+            for name in self._floating():
+                if name in outputs:
+                    apart[name] = apart.get(name, 0.0) + _squares(finite(outputs[name]), finite(base[name]))
         damages, errors = [0.0], [0.0]
-        for name in self._floating():
-            if name not in got[0]:
-                continue
-            apart = float(sum(_squares(a[name], b[name]) for a, b in zip(got, self._base, strict=True)))
+        for name, lost in apart.items():
             if name in self.watched:
-                lost = apart if apart > _ROUNDING**2 * self._size[name] else 0.0
-                damages.append(lost / (self._power[name] or self._size[name] or 1.0))
+                told = lost if lost > _ROUNDING**2 * self._size[name] else 0.0
+                damages.append(told / (self._power[name] or self._size[name] or 1.0))
             if name in self.network.outputs:
-                errors.append((apart / (self._size[name] or 1.0)) ** 0.5)
+                errors.append((lost / (self._size[name] or 1.0)) ** 0.5)
         return sum(damages) / max(1, len(damages) - 1), max(errors)
 
 

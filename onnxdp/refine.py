@@ -99,9 +99,9 @@ def refine(
             progress("refitting weights", done, len(order), name)
             seen = look(compressed, spot, changes, workshop.seed)
             arrays.trim()
+            aims.check(spot.weight, seen.rows.shape[1])
             w = original_blocks(workshop, spot.weight)
             lack = seen.gives(w)
-            aims.check(spot.weight, lack.shape)
             np.subtract(aims.rows, lack, out=lack)  # large
             fit = partial(_refit, workshop, fitted[name], w, aims, seen, lack, quick=quick)
             if room is None or name not in closing:

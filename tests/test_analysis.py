@@ -183,11 +183,11 @@ def test_arrays_that_fit_no_weight_are_refused(kept, options, tmp_path):
         header["made"][0][2] = {"levels": 1000}
 
     def few(header, held):
-        for number, *_ in header["aims"].values():
+        for _, number, *_ in header["kept"].values():
             held[f"array{number}"] = held[f"array{number}"][:, :-1]
 
     def whole(header, held):
-        for number, *_ in header["aims"].values():
+        for _, number, *_ in header["kept"].values():
             held[f"array{number}"] = held[f"array{number}"].astype(np.int32)
 
     changes = [(change, UsageError) for change in (shortened, spelled, few, whole)]
