@@ -209,7 +209,7 @@ def least_bytes(search: Search, rewriter: Rewriter) -> int:
     nbytes = rewriter.model.nbytes
     reached = rewriter.size(search.smallest())
     if nbytes - reached < MIN_GAIN * nbytes:
-        raise TargetError(f"Nothing to gain: {why_nothing(rewriter.found)}.")
+        raise TargetError(f"Nothing to gain: {why_nothing(rewriter.found, rewriter.settings.method)}.")
     return reached
 
 
@@ -298,11 +298,13 @@ def bits_left(original: Model, whole: Found, found: Found, settings: Settings) -
     return float(np.clip(8 * left / max(sum(w.size for w in found.weights), 1), 0.5, 16.0))
 
 
-def why_nothing(found: Found) -> str:
-    """Say why no weight of a model becomes smaller."""
+def why_nothing(found: Found, method: str = "auto") -> str:
+    """Say why no weight of a model becomes smaller by a method."""
     if not found.kept:
         return "the model has no Conv, Gemm or MatMul weight of 1 kB or more"
     if found.weights:
+        if method != "auto":
+            return f"its weights are as small as method {method} makes them; leave --method out"
         return "its weights are as small as onnxdp can make them"
     by_reason: dict[str, list[Kept]] = {}
     for k in found.kept:

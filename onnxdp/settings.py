@@ -288,7 +288,9 @@ def parse_size(text: str, nbytes: int) -> int:
     return math.floor(float(found[1]) * units[found[2].lower()])
 
 
-def parse_numbers(option: str, text: str, above: float = -math.inf) -> tuple[float, ...]:
+def parse_numbers(
+    option: str, text: str, above: float = -math.inf, *, remedy: str = "give one per channel"
+) -> tuple[float, ...]:
     """Return the numbers of a comma list such as ``0.485,0.456,0.406``.
 
     Raises
@@ -302,7 +304,7 @@ def parse_numbers(option: str, text: str, above: float = -math.inf) -> tuple[flo
         numbers = ()
     if not numbers or not all(math.isfinite(n) and n > above for n in numbers):
         kind = "numbers" if above == -math.inf else f"numbers above {above:g}"
-        raise UsageError(f"{option} is {kind} with commas between, not {text!r}; give one per channel.")
+        raise UsageError(f"{option} is {kind} with commas between, not {text!r}; {remedy}.")
     return numbers
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxdp import model, probes, runtime
+from onnxdp import archives, model, probes, runtime
 from onnxdp.errors import ModelError, SetupError
 from onnxdp.findings import BenchRow
 from onnxdp.records import Array
@@ -69,9 +69,9 @@ def bench(
     files = [Path(p) for p in paths]
     sizes = [model.read(f).nbytes for f in files]
     feed = _feed(files[0], inputs, seed)
+    for file in files[1:]:
+        _check_inputs(file, feed)
     sessions = [runtime.session(f, threads=threads) for f in files]
-    for file, made in zip(files, sessions, strict=True):
-        _check_inputs(file, made, feed)
     fresh = _fresh(files, feed, threads, progress)
     times = take_turns(sessions, feed, repeat, progress)
     ratios = np.median(times / times[:, :1], axis=0)
@@ -144,13 +144,24 @@ def _feed(file: Path, inputs: Path | None, seed: int) -> Mapping[str, Array]:
     return probes.make(specs, samples=1, seed=seed, batch=1).feeds[0]
 
 
-def _check_inputs(file: Path, session: Any, feed: Mapping[str, Array]) -> None:
-    unknown = [i.name for i in session.get_inputs() if i.name not in feed]
-    if unknown:
-        raise ModelError(
-            f"{file} takes the input {unknown[0]!r}, which the first model does not; bench compares "
-            "models that take the same inputs."
+def _check_inputs(file: Path, feed: Mapping[str, Array]) -> None:
+    """Refuse a model that cannot take the sample of the first."""
+    for spec in runtime.input_specs(onnx.load(file, load_external_data=False)):
+        if spec.name not in feed:
+            raise ModelError(
+                f"{file} takes the input {spec.name!r}, which the first model does not; bench compares "
+                "models that take the same inputs."
+            )
+        x = feed[spec.name]
+        alike = len(spec.shape) == x.ndim and all(
+            d == n for d, n in zip(spec.shape, x.shape, strict=True) if isinstance(d, int)
         )
+        if not alike or (spec.dtype != x.dtype.name and x.dtype.kind not in "USO"):
+            raise ModelError(
+                f"{file} takes {spec.name!r} as {spec.dtype} {archives.shown(spec.shape)} and the first "
+                f"model as {x.dtype.name} {archives.shown(x.shape)}; bench compares models that take the "
+                "same inputs."
+            )
 
 
 def _ratio(value: int | None, first: int | None) -> float | None:

@@ -272,6 +272,7 @@ def test_a_sweep_that_reaches_nothing_exits_1_with_its_table(run, api):
     [
         (("--ratios", "2,x"), 2, "--ratios is numbers above 1"),
         (("--ratios", "1"), 2, "--ratios is numbers above 1"),
+        (("--ratios", ","), 2, "with commas between, not ','; try 2,4,8,12."),
         (("--ratio", "2"), 2, "No such option"),
         (("--plot", "p.gif"), 2, "--plot draws .png, .svg, .pdf, not p.gif"),
         (("--plot", "in.onnx"), 2, f"{Path('in.onnx')} is named twice"),

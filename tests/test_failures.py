@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from edges import conv, listing, mlp, onnxdp, parsed, refused, save, save_external
+from edges import conv, decaying, listing, mlp, onnxdp, parsed, refused, save, save_external
 from onnx import numpy_helper
 
 from onnxdp import guard
@@ -210,6 +210,17 @@ def test_a_model_without_weights_has_nothing_to_gain():
     refused(1, message, "compress", "in.onnx", "out.onnx", "--ratio", "2")
     refused(1, message, "plan", "in.onnx", "--ratio", "2")
     assert onnxdp("inspect", "in.onnx").exit_code == 0
+
+
+def test_a_method_that_gains_nothing_is_named():
+    halves = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float16[N, 64] x) => (float16[N, 64] y) { y = MatMul (x, W) }""",
+        W=decaying(64, 64, 1).astype(np.float16),
+    )
+    save(halves)
+    message = "Nothing to gain: its weights are as small as method float16 makes them; leave --method out."
+    refused(1, message, "compress", "in.onnx", "out.onnx", "--method", "float16", "--ratio", "2")
 
 
 @pytest.mark.parametrize("edit", ["inputs", "opset", "ir", "operator"])

@@ -3,6 +3,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from edges import parsed, save
 
 from onnxdp import runtime, timing
 from onnxdp.errors import ModelError
@@ -87,6 +88,18 @@ def test_models_with_other_inputs_are_refused(tmp_path):
     a, b = network(tmp_path / "a.onnx", 1), network(tmp_path / "b.onnx", 1, name="z")
     with pytest.raises(
         ModelError, match=r"b\.onnx takes the input 'z', which the first model does not; bench comp"
+    ):
+        timing.bench([a, b])
+
+
+@pytest.mark.parametrize("declared", ["float[N, 128] x", "double[N, 256] x", "float[N, 1, 256] x"])
+def test_models_that_take_other_samples_are_refused(tmp_path, declared):
+    given = declared.replace(" x", "")
+    other = parsed(f"""<ir_version: 8, opset_import: ["" : 17]>
+        other ({declared}) => ({given} y) {{ y = Identity (x) }}""")
+    a, b = network(tmp_path / "a.onnx", 1), save(other, tmp_path / "b.onnx")
+    with pytest.raises(
+        ModelError, match=r"b\.onnx takes 'x' as .* and the first model as float32 \[1, 256\]"
     ):
         timing.bench([a, b])
 

@@ -141,7 +141,7 @@ def sweep(source: Path, ratios: str, plot: Path | None, overwrite: bool, talk: T
     Every ratio gives the file that compress --ratio writes; none is written here. Exit code 1: none is
     within reach.
     """
-    wanted = parse_numbers("--ratios", ratios, above=1)
+    wanted = parse_numbers("--ratios", ratios, above=1, remedy="try 2,4,8,12")
     Settings(**settings)
     _ready(source, plot, settings, overwrite=overwrite)
     with talk.working() as progress:
