@@ -300,12 +300,12 @@ def bits_left(original: Model, whole: Found, found: Found, settings: Settings) -
 
 def why_nothing(found: Found, method: str = "auto") -> str:
     """Say why no weight of a model becomes smaller by a method."""
-    if not found.kept:
-        return "the model has no Conv, Gemm or MatMul weight of 1 kB or more"
     if found.weights:
         if method != "auto":
             return f"its weights are as small as method {method} makes them; leave --method out"
         return "its weights are as small as onnxdp can make them"
+    if not found.kept:
+        return "the model has no Conv, Gemm or MatMul weight of 1 kB or more"
     by_reason: dict[str, list[Kept]] = {}
     for k in found.kept:
         by_reason.setdefault(k.reason, []).append(k)
