@@ -1,12 +1,13 @@
 """Refitting: each layer repairs what those before it lost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from onnxdp import looks, probes, runtime, stats, weights
 from onnxdp import model as model_file
-from onnxdp import probes, runtime, weights
 from onnxdp.encoding import Workshop
 from onnxdp.meter import Meter
 from onnxdp.methods.form import forms_for
@@ -78,3 +79,38 @@ def test_nothing_lost_nothing_moved(job):
         old, new = (x.arrays["half"].astype(np.float32) for x in (plain[e.weight], e))
         # float16 storage moves activations by about eps16, and so the refitted weights
         assert np.linalg.norm(old - new) <= 20 * np.finfo(np.float16).eps * np.linalg.norm(old)
+
+
+def test_what_is_kept_of_the_original_is_what_a_run_gives(job):
+    shop, network, fit, _ = job
+    order = looks.spots(shop, network, shop.weights)
+    assert order and [s.place for s in order] == sorted(s.place for s in order)
+    kept = looks.Original(shop, network, fit)
+    kept.keep(order[1:], silent)
+    once = looks.Original(shop, network, fit, kept.kept, once=True)
+    for spot in (*order, *reversed(order)):  # forgotten by the second time
+        alone = looks.Original(shop, network, fit).aims(spot)
+        for aims in (kept.aims(spot), once.aims(spot)):
+            for part in ("rows", "mean", "mean_beside"):
+                np.testing.assert_array_equal(getattr(aims, part), getattr(alone, part))
+    assert not once.kept and len(kept.kept) == len(order) - 1
+
+
+def test_the_last_weights_are_kept_that_there_is_room_for(job):
+    shop, network, fit, _ = job
+    places = stats.positions(network, shop.found, fit.feeds[0], fit.batch)
+    order = [
+        replace(spot, weight=replace(spot.weight, positions=places[spot.weight.name]))
+        for spot in looks.spots(shop, network, shop.weights)
+    ]
+    original = looks.Original(shop, network, fit)
+    original.keep(order, silent)
+    sizes = [original.kept[spot.weight.name].rows.nbytes for spot in order]
+    lengths = set()
+    for room in range(0, 2 * sum(sizes), sum(sizes) // 50):
+        count = len(looks.last(order, fit.samples, room))
+        assert looks.last(order, fit.samples, room) == order[len(order) - count :]
+        # a row of each feed more, because they share what is wanted
+        assert sum(sizes[len(order) - count :]) <= room * (1 + len(fit.feeds) / min(s.rows for s in order))
+        lengths.add(count)
+    assert lengths >= {0, 1, len(order)}
