@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from onnx import ModelProto
 
-from onnxdp import arrays, environment, frontier, runtime, terms, timing, verifier, weights
+from onnxdp import arrays, decisions, environment, frontier, terms, timing, verifier, weights
 from onnxdp import model as model_file
+from onnxdp.decisions import Deciders
 from onnxdp.findings import BenchRow, Diagnosis, Frontier, InspectedWeight, Inspection
 from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
@@ -185,9 +187,12 @@ def verify(
     tolerance: float | None = None,
 ) -> Verification:
     """Compare the outputs of two models on probe inputs, or on given ones."""
-    first, second = _opened(a), _opened(b)
-    made = probes_for(first[0], Settings(inputs=inputs, samples=samples or 16, seed=seed))
-    return verifier.compare(verifier.Reference.of(first[1], made), second[1], made, tolerance=tolerance)
+    first = model_file.serialize(model_file.read(a))
+    made = probes_for(first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
+    found = decisions.deciders(first.graph)
+    reference = verifier.Reference.of(_opened(a, first, found), made, found)
+    second = _opened(b, model_file.serialize(model_file.read(b)), found)
+    return verifier.compare(reference, second, made, tolerance=tolerance)
 
 
 def bench(
@@ -209,12 +214,9 @@ def doctor(source: Any = None) -> Diagnosis:
     return found if source is None else replace(found, inspection=inspect(source))
 
 
-def _opened(source: Any) -> tuple[Any, Any]:
-    """Return (ModelProto without large data, session) of a model to verify."""
-    model = model_file.read(source)
-    proto = model_file.serialize(model)
-    path = Path(source) if isinstance(source, str | os.PathLike) else None
-    return proto, runtime.session(path if path is not None else proto)
+def _opened(source: Any, proto: ModelProto, deciders: Deciders) -> Any:
+    """Return the session of a model to verify, from its file where there is one."""
+    return verifier.opened(Path(source) if isinstance(source, str | os.PathLike) else proto, deciders)
 
 
 def _unsound(found: Found, weight: Weight) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from onnxdp import decisions
 from onnxdp.answers import finite
 from onnxdp.network import Changes, Network, before_softmax
 from onnxdp.pieces import Stream, Tail
@@ -27,12 +28,19 @@ class Meter:
     def __init__(self, network: Network, probes: Probes) -> None:
         self.network = network
         self._probes = probes
-        self.watched = before_softmax(network.proto.graph)
-        self._all = list(dict.fromkeys((*self.watched, *network.outputs)))
         self._halts = network.halts
-        self._session = network.session(self._all)
-        self._base = [network.run(self._session, f, self._all, {}) for f in probes.feeds]
-        self._power = {n: _variance(np.stack(list(self._known(n))), probes) for n in self._floating()}
+        outputs = (*before_softmax(network.proto.graph), *network.outputs)
+        names = list(dict.fromkeys((*outputs, *decisions.all_of(network.deciders))))
+        self._session = network.session(names)
+        self._base = [network.run(self._session, f, names, {}) for f in probes.feeds]
+        instead = {n: decisions.replaced(n, network.deciders, self._base) for n in outputs}
+        self.watched, self._judged = (
+            list(dict.fromkeys(t for n in some for t in instead[n]))
+            for some in (before_softmax(network.proto.graph), network.outputs)
+        )
+        self._all = [n for n in names if n in (*self.watched, *self._judged)]
+        self._base = [{n: b[n] for n in self._all} for b in self._base]
+        self._power = {n: _variance(list(self._known(n)), probes) for n in self._floating()}
         self._size = {n: float(sum(np.square(b).sum() for b in self._known(n))) for n in self._floating()}
         self.rest()
 
@@ -113,7 +121,7 @@ class Meter:
             if name in self.watched:
                 told = lost if lost > _ROUNDING**2 * self._size[name] else 0.0
                 damages.append(told / (self._power[name] or self._size[name] or 1.0))
-            if name in self.network.outputs:
+            if name in self._judged:
                 errors.append((lost / (self._size[name] or 1.0)) ** 0.5)
         return sum(damages) / max(1, len(damages) - 1), max(errors)
 
@@ -125,11 +133,12 @@ def _squares(a: Array, b: Array) -> float:
     return float(np.square(a - b).sum())
 
 
-def _variance(stacked: Array, probes: Probes) -> float:
+def _variance(outputs: Sequence[Array], probes: Probes) -> float:
     """Sum of squares about the mean over samples; of the whole where there is one sample only."""
-    rows = (
-        stacked.reshape(probes.samples, -1) if stacked.size % probes.samples == 0 else stacked.reshape(1, -1)
-    )
+    if len({a.shape for a in outputs}) > 1:
+        return float(sum(np.square(a).sum() for a in outputs))
+    size = len(outputs) * outputs[0].size
+    rows = np.stack(outputs).reshape(probes.samples if size % probes.samples == 0 else 1, -1)
     if len(rows) < 2:
         return float(np.square(rows).sum())
     return float(np.square(rows - rows.mean(axis=0)).sum())

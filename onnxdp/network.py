@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxdp import decisions, runtime, walk, weights
 from onnxdp import model as model_file
-from onnxdp import runtime, weights
 from onnxdp.model import Model
 from onnxdp.passes import LiftWeights
 from onnxdp.records import Array
@@ -69,10 +69,11 @@ class Network:
         self.proto = model_file.serialize(copied)
         self.specification = _without_inputs(self.proto, self.fed)
         self._threads, self._provider = threads, provider
+        self.deciders = decisions.deciders(self.specification.graph)
         self.outputs = [o.name for o in self.proto.graph.output]
         self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
         self._laid_out = sum(a.nbytes for a in self.fed.values()) <= LAID_OUT
-        self._reads = [_reads(node) for node in self.proto.graph.node]
+        self._reads = [walk.reads(node) for node in self.proto.graph.node]
         self._readers = Counter(name for names in self._reads for name in names)
         self._position: dict[str, int] = {
             name: i for i, names in reversed(list(enumerate(self._reads))) for name in names
@@ -153,7 +154,7 @@ class Network:
 
     def alive(self, position: int) -> list[str]:
         """Name the tensors made before ``position`` that are read from there on, or are outputs."""
-        later = set(self.outputs).union(*self._reads[position:])
+        later = {*self.outputs, *decisions.all_of(self.deciders)}.union(*self._reads[position:])
         return sorted(n for n in later if n and self._made_at.get(n, position) < position)
 
     def readers(self, name: str) -> int:
@@ -238,17 +239,6 @@ def _copy(message: Any) -> Any:
     made = type(message)()
     made.CopyFrom(message)
     return made
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Names that a node reads, and that its subgraphs take from outside (over-counted, harmlessly)."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names.update(o.name for o in graph.output)
-            for inner in graph.node:
-                names |= _reads(inner)
-    return names
 
 
 def _names_of_others(model: ir.Model, weights_: Sequence[ir.Value]) -> set[str]:

@@ -59,6 +59,11 @@ class Stream:
         return len(self._given)
 
     @property
+    def batch(self) -> int:
+        """Samples in one feed."""
+        return self._batch
+
+    @property
     def shown(self) -> range:
         """The feeds to look at here: all, or some where each would have to be run again from far behind."""
         again = self._ahead is not None

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
+from onnxdp import decisions, runtime, timing, verifier, walk, weights
 from onnxdp import model as model_file
-from onnxdp import runtime, timing, verifier, walk, weights
+from onnxdp.decisions import Deciders
 from onnxdp.encoding import Workshop
 from onnxdp.errors import VerifyError
 from onnxdp.model import Model
@@ -34,6 +35,8 @@ class Rewriter:
     found: Found
     workshop: Workshop
     settings: Settings
+    deciders: Deciders
+    """What decides outputs of which values decide the shape; these tensors keep their names."""
     narrowed: bool = True
     """Whether small vectors become float16, too."""
 
@@ -63,7 +66,10 @@ class Rewriter:
         if self.settings.short_names is False:
             return result
         brief = model_file.copy(result)
-        gather, shorten = GatherConstants(), ShortenNames(result.original_value_info)
+        gather, shorten = (
+            GatherConstants(),
+            ShortenNames(result.original_value_info, kept=decisions.all_of(self.deciders)),
+        )
         gather(brief.ir)
         shorten(brief.ir)
         brief.original_value_info = shorten.value_info
@@ -73,15 +79,15 @@ class Rewriter:
 
 
 def verified(
-    original: Model, given: Path | None, at: Path, held_out: Probes
+    original: Model, given: Path | None, at: Path, held_out: Probes, deciders: Deciders
 ) -> tuple[Verification, float | None]:
     """Check the written file against the original, before it takes its name."""
     verifier.check_file(at)
-    session = runtime.session(given if given is not None else model_file.serialize(original))
-    reference = verifier.Reference.of(session, held_out)
+    session = verifier.opened(given if given is not None else model_file.serialize(original), deciders)
+    reference = verifier.Reference.of(session, held_out, deciders)
     if original.nbytes > LARGE:
         session = None
-    compressed = runtime.session(at)
+    compressed = verifier.opened(at, deciders)
     found = verifier.compare(reference, compressed, held_out)
     if not found.passed:
         raise VerifyError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def session(
     threads: int | None = None,
     provider: str = "cpu",
     disabled: Sequence[str] = (),
+    also: Collection[str] = (),
 ) -> Any:
     """Make an ``onnxruntime.InferenceSession``.
 
@@ -55,6 +56,8 @@ def session(
     provider : {"cpu", "cuda"}
     disabled : sequence of str
         Optimizers of ONNX Runtime to leave out.
+    also : collection of str
+        Tensors to give beside the outputs, those of them that the model makes.
 
     Raises
     ------
@@ -64,6 +67,8 @@ def session(
         ONNX Runtime refuses the model.
     """
     ort = onnxruntime()
+    if also:
+        model = _giving(model, also)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False  # an arena keeps the peak of every run
@@ -102,6 +107,15 @@ def _make(
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True, location="model.data")
         return ort.InferenceSession(str(path), options, **more)
+
+
+def _giving(model: onnx.ModelProto | Path, names: Collection[str]) -> onnx.ModelProto:
+    made = onnx.load(model) if isinstance(model, Path) else onnx.ModelProto()
+    if not isinstance(model, Path):
+        made.CopyFrom(model)
+    known = {n for node in made.graph.node for n in node.output} - {o.name for o in made.graph.output}
+    made.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n in known)
+    return made
 
 
 def _reason(error: Exception) -> str:

@@ -113,7 +113,8 @@ def sampled(stream: Stream, weight: Weight, tap: Tap, count: int, seed: int) -> 
     -------
     ndarray of shape (groups, rows, inputs), float32
     """
-    return sampled_beside(stream, weight, tap, None, count, seed)[0]
+    total = tap.count(weight, stream.tensor(stream.shown[0], tap.source).shape)
+    return _sampled(stream, weight, tap, None, min(-(-count // len(stream.shown)), total), seed)[0]
 
 
 def sampled_beside(
@@ -121,28 +122,40 @@ def sampled_beside(
 ) -> tuple[Array, Array | None]:
     """Return what :func:`sampled` does, and rows of a tensor alike to the output, in the same places.
 
-    Both in one go: where a stream does not hold its tensors, it runs a feed again when it is come back to.
+    How many there are does not depend on what the network makes of the feeds, so that two
+    networks give as many.
 
     Returns
     -------
     ndarray of shape (groups, rows, inputs), float32
     ndarray of shape (groups, rows, outputs), or None where the tensor is of another shape.
     """
-    rows = np.empty((0, 0, 0), np.float32)
-    beside, shown = [], stream.shown
+    total = stream.batch * max(1, weight.positions)
+    return _sampled(stream, weight, tap, name, min(-(-count // len(stream.shown)), total), seed)
+
+
+def _sampled(
+    stream: Stream, weight: Weight, tap: Tap, name: str | None, few: int, seed: int
+) -> tuple[Array, Array | None]:
+    """Take a few rows of each feed, some twice where there are not as many, zeros where there are none.
+
+    Both tensors in one go: where a stream does not hold them, it runs a feed again when it is come back to.
+    """
+    few, shown = max(few, 1), stream.shown
+    rows = np.zeros((weight.groups, few * len(shown), weight.inputs), np.float32)
+    beside = []
     for done, number in enumerate(shown):
         x = stream.tensor(number, tap.source)
-        total = tap.count(weight, x.shape)
-        few = min(-(-count // len(shown)), total)
-        picked = np.sort(np.random.default_rng((seed, number)).choice(total, few, replace=False))
-        part = slice(done * few, (done + 1) * few)
-        if not rows.size:
-            rows = np.empty((weight.groups, few * len(shown), weight.inputs), np.float32)
-        tap.put(weight, x, picked, rows[:, part].swapaxes(0, 1))
+        total = tap.count(weight, x.shape)  # may depend on the feed's numbers
+        if not total:
+            continue
+        rng = np.random.default_rng((seed, number))
+        picked = np.sort(rng.choice(total, few, replace=total < few))
+        tap.put(weight, x, picked, rows[:, done * few : (done + 1) * few].swapaxes(0, 1))
         if name is not None:
             beside.append(tap.output_rows(weight, x.shape, stream.tensor(number, name), picked))
     alike = [y for y in beside if y is not None]
-    return rows, np.concatenate(alike, axis=1) if alike and len(alike) == len(beside) else None
+    return rows, np.concatenate(alike, axis=1) if len(alike) == len(shown) else None
 
 
 def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:

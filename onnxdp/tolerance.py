@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from onnxdp import model as model_file
-from onnxdp import runtime, verifier
+from onnxdp import verifier
 from onnxdp.damage import PRICES, Search
 from onnxdp.errors import TargetError
 from onnxdp.model import Model
@@ -270,11 +270,12 @@ def file_error(search: Search, limit: float, rewriter: Rewriter, original: Model
     """
     if original.nbytes > LARGE:
         return lambda encoded, shifts: search.measured(encoded, shifts)[1]
-    reference = verifier.Reference.of(runtime.session(model_file.serialize(original)), probes)
+    session = verifier.opened(model_file.serialize(original), rewriter.deciders)
+    reference = verifier.Reference.of(session, probes, rewriter.deciders)
 
     def measure(encoded: list[Encoded], shifts: dict[str, Array]) -> float:
         made = model_file.serialize(rewriter.rewritten(encoded, shifts))
-        outputs = verifier.compare(reference, runtime.session(made), probes).outputs
+        outputs = verifier.compare(reference, verifier.opened(made, rewriter.deciders), probes).outputs
         error = max((o.relative for o in outputs), default=0.0)
         if rewriter.narrowed and error - search.measured(encoded, shifts)[1] > NARROW_SHARE * limit:
             rewriter.narrowed = False

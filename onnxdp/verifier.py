@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import ModelProto
 
-from onnxdp import runtime
+from onnxdp import decisions, runtime
+from onnxdp.decisions import Deciders
 from onnxdp.errors import ModelError, UsageError, VerifyError
 from onnxdp.probes import Probes
 from onnxdp.records import OutputDifference, Verification
@@ -33,19 +36,29 @@ def check_file(path: Path) -> None:
         ) from e
 
 
+def opened(model: ModelProto | Path, deciders: Deciders) -> Any:
+    """Make a session that gives, beside the outputs, what decides them where the model makes it."""
+    return runtime.session(model, also=decisions.all_of(deciders))
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a model answers to the probes, and its interface; its session need not be kept."""
+    """What a model answers to the probes, and its interface; its session need not be kept.
+
+    Where the numbers decide of what shape an output is, ``deciders`` name the tensors that decide it, which
+    both sessions may give beside the outputs.
+    """
 
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     answers: tuple[Mapping[str, Any], ...]
+    deciders: Deciders
 
     @classmethod
-    def of(cls, session: Any, probes: Probes) -> Reference:
+    def of(cls, session: Any, probes: Probes, deciders: Deciders = MappingProxyType({})) -> Reference:
         """Run a session on every feed."""
         answers = tuple(runtime.run(session, feed) for feed in probes.feeds)
-        return cls(tuple(session.get_inputs()), tuple(session.get_outputs()), answers)
+        return cls(tuple(session.get_inputs()), tuple(session.get_outputs()), answers, deciders)
 
 
 def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = None) -> Verification:
@@ -68,13 +81,19 @@ def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = N
     """
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
-    _same_interface(a, b)
-    tallies = {o.name: _Tally() for o in a.outputs}
+    beside = decisions.all_of(a.deciders)
+    _same_interface(a, b, beside)
+    given = {o.name for o in b.get_outputs()}
+    tallies = {o.name: _Tally() for o in a.outputs if o.name in given}
     for feed, left in zip(probes.feeds, a.answers, strict=True):
         right = runtime.run(b, feed)
         for name in tallies:
             tallies[name].add(left[name], right[name])
-    outputs = tuple(t.result(n) for n, t in tallies.items() if t.seen)
+    shown: dict[str, None] = {}
+    for name in (n for n in tallies if n not in beside):
+        instead = decisions.replaced(name, a.deciders, a.answers, unlike=tallies[name].unlike)
+        shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (name,))
+    outputs = tuple(tallies[n].result(n) for n in shown if tallies[n].seen)
     finite = all(np.isfinite(o.relative) for o in outputs)
     worst = max((o.relative for o in outputs), default=0.0)
     passed = finite and (tolerance is None or worst <= tolerance)
@@ -85,7 +104,7 @@ class _Tally:
     """Sums over feeds, in float64."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.seen, self.unlike = 0, False
         self._max = self._sum = self._apart = self._size = 0.0
         self._same = self._rows = self._finite = 0
 
@@ -94,6 +113,7 @@ class _Tally:
             return
         if not isinstance(b, np.ndarray) or a.shape != b.shape:
             self.seen += a.size
+            self.unlike = True
             self._apart = float("inf")
             return
         x, y = a.astype(np.float64), b.astype(np.float64)
@@ -118,8 +138,9 @@ class _Tally:
         return OutputDifference(name, self._max, self._sum / self.seen, relative, same)
 
 
-def _same_interface(a: Reference, b: Any) -> None:
-    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (a.outputs, b.get_outputs())}
+def _same_interface(a: Reference, b: Any, beside: Collection[str]) -> None:
+    outputs = [[o for o in given if o.name not in beside] for given in (a.outputs, b.get_outputs())]
+    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (outputs[0], outputs[1])}
     for kind, (mine, other) in pairs.items():
         if len(mine) != len(other) or not all(map(_alike, mine, other)):
             raise ModelError(

@@ -20,6 +20,17 @@ def deep(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
                 yield from deep(graph.node)
 
 
+def reads(node: NodeProto) -> set[str]:
+    """Names that a node reads, and that its subgraphs take from outside (over-counted, harmlessly)."""
+    names = {name for name in node.input if name}
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            names.update(o.name for o in graph.output)
+            for inner in graph.node:
+                names |= reads(inner)
+    return names
+
+
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Give all graphs: the main one, function bodies, and what is nested in them."""
     yield from model.graphs()

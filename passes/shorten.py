@@ -14,13 +14,12 @@ from __future__ import annotations
 import itertools
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 
 import onnx
 import onnx_ir as ir
 
-_UNTOLD = frozenset(("NonZero", "Compress", "Unique", "NonMaxSuppression"))
-"""Operators whose output has the shape that its value_info tells, and no shape without it."""
+from onnxdp.decisions import SELECTING
 
 _PER_AXIS = {  # onnx/docs/Operators.md: "defaults to 1 (pads: 0) along start and end of each spatial axis"
     op: {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
@@ -41,6 +40,8 @@ class ShortenNames(ir.passes.InPlacePass):
     ----------
     value_info : set of (str, str)
         Scopes and names of the values whose type the file tells, as in :class:`onnxdp.model.Model`.
+    kept : collection of str
+        Names that values of the outermost graph keep.
 
     Attributes
     ----------
@@ -53,9 +54,10 @@ class ShortenNames(ir.passes.InPlacePass):
     KEY = "saved by short names"
     """Of an entry in the model's ``meta``, which no file holds: the bytes that were saved, about."""
 
-    def __init__(self, value_info: Set[tuple[str, str]] = frozenset()) -> None:
+    def __init__(self, value_info: Set[tuple[str, str]] = frozenset(), kept: Collection[str] = ()) -> None:
         super().__init__()
         self.value_info = frozenset(value_info)
+        self._kept = frozenset(kept)
         self.saved = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -72,7 +74,7 @@ class ShortenNames(ir.passes.InPlacePass):
                 self.saved += _bare(graph)
             for node in graph:
                 self.saved += _bare_node(node, model.opset_imports)
-        self.saved += _rename(model, {value for _, value in told})
+        self.saved += _rename(model, {value for _, value in told}, self._kept)
         scope_of = {graph: scope for scope, graph in scopes(model.graph)}
         self.value_info = frozenset((scope_of[graph], value.name or "") for graph, value in told)
         model.meta[self.KEY] = self.saved
@@ -146,8 +148,9 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _is_untold(value: ir.Value) -> bool:
+    """Whether the value has the shape that its value_info tells, and no shape without it."""
     node = value.producer()
-    return node is not None and (node.domain != "" or node.op_type in _UNTOLD)
+    return node is not None and (node.domain != "" or node.op_type in SELECTING)
 
 
 def _bare(graph: ir.Graph) -> int:
@@ -175,9 +178,11 @@ def _noted(props: Mapping[str, str]) -> int:
     return sum(len(k) + len(v.encode()) + 6 for k, v in props.items())
 
 
-def _rename(model: ir.Model, told: Set[ir.Value]) -> int:
+def _rename(model: ir.Model, told: Set[ir.Value], kept: Set[str]) -> int:
     """Give all values inside the shortest names; returns about the bytes that were saved."""
     fixed = {*model.graph.inputs, *model.graph.outputs}
+    if kept:
+        fixed |= {v for v in _values(model.graph) if v.name in kept}
     taken = {value.name or "" for value in fixed}
     inside = [v for g in model.graphs() for v in _values(g) if v not in fixed and v.name]
     counts = {v: 1 + len(v.uses()) + (v in told) + 2 * v.is_graph_output() for v in inside}

@@ -1,0 +1,144 @@
+"""Outputs of which the numbers decide how many there are are compressed by what decides them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from edges import onnxdp, parsed, save
+from onnx import parser
+
+from onnxdp import decisions
+
+SIZES = {
+    name: np.array(n) for name, n in {"sb": [1, 4, -1], "ss": [1, 5, -1], "two": 2, "most": [20]}.items()
+}
+
+
+def convolution(rng, outputs, inputs, size=3):
+    return (rng.normal(size=(outputs, inputs, size, size)) * (2 / (inputs * size * size)) ** 0.5).astype(
+        np.float32
+    )
+
+
+def detector(threshold: float):
+    """Return boxes and scores of a small convolutional network behind NonMaxSuppression: 40 kB."""
+    rng = np.random.default_rng(1)
+    return parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        detector (float[1, 3, 64, 64] x) => (float[n, 4] found, int64[n, 3] which) {
+          a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w1)
+          b = Relu (a)
+          c = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (b, w2)
+          d = Relu (c)
+          e = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (d, w3)
+          at = Conv (e, wb)
+          at1 = Reshape (at, sb)
+          at2 = Transpose <perm = [0, 2, 1]> (at1)
+          boxes = Sigmoid (at2)
+          of = Conv (e, wc)
+          of1 = Reshape (of, ss)
+          scores = Sigmoid (of1)
+          which = NonMaxSuppression (boxes, scores, most, overlap, threshold)
+          place = Gather <axis = 1> (which, two)
+          flat = Squeeze (boxes)
+          found = Gather (flat, place)
+        }""",
+        w1=convolution(rng, 16, 3),
+        w2=convolution(rng, 24, 16),
+        w3=convolution(rng, 24, 24),
+        wb=convolution(rng, 4, 24),
+        wc=convolution(rng, 5, 24),
+        overlap=np.float32([0.5]),
+        threshold=np.float32([threshold]),
+        **SIZES,
+    )
+
+
+def chooser():
+    """Return a network that keeps the rows of which it likes the first number: 49 kB behind it."""
+    rng = np.random.default_rng(0)
+    return parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        chooser (float[64, 16] x) => (float[k, 32] y) {
+          a = MatMul (x, w1)
+          r = Relu (a)
+          s = Gather <axis = 1> (a, first)
+          liked = Greater (s, zero)
+          b = Compress <axis = 0> (r, liked)
+          c = MatMul (b, w2)
+          d = Relu (c)
+          y = MatMul (d, w3)
+        }""",
+        w1=rng.normal(size=(16, 128)).astype(np.float32),
+        w2=(rng.normal(size=(128, 64)) / 8).astype(np.float32),
+        w3=(rng.normal(size=(64, 32)) / 8).astype(np.float32),
+        first=np.array(0),
+        zero=np.float32(0),
+    )
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.9999], ids=["some", "none"])
+@pytest.mark.parametrize("words", [("--ratio", "4"), ("--method", "dp", "--ratio", "1.5"), ()], ids=" ".join)
+def test_detections_are_compared_before_they_are_selected(tmp_path, monkeypatch, threshold, words):
+    monkeypatch.chdir(tmp_path)
+    save(detector(threshold))
+    done = onnxdp("compress", "in.onnx", "out.onnx", *words, "--samples", "8", "--json")
+    assert done.exit_code == 0, done.stderr
+    outputs = {o["name"]: o["relative"] for o in json.loads(done.stdout)["verification"]["outputs"]}
+    assert outputs.keys() == {"flat", "boxes", "scores"}
+    assert all(0 < error < 0.1 for error in outputs.values())
+
+    again = onnxdp("verify", "in.onnx", "out.onnx", "--tolerance", "0.1", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert {o["name"] for o in json.loads(again.stdout)["outputs"]} == outputs.keys()
+    made = ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"])
+    assert [o.name for o in made.get_outputs()] == ["found", "which"]
+    made.run(None, {"x": np.zeros((1, 3, 64, 64), np.float32)})
+
+
+def test_another_file_that_selects_otherwise_fails_where_nothing_else_can_be_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(detector(0.4))
+    other = detector(0.45)
+    for node in other.graph.node:  # no tensor has the name that is looked for
+        for names in (node.input, node.output):
+            names[:] = [f"{n}_" if n in ("flat", "boxes", "scores") else n for n in names]
+    save(other, "other.onnx")
+    done = onnxdp("verify", "in.onnx", "other.onnx", "--tolerance", "0.5")
+    assert done.exit_code != 0
+    assert "FAILED" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("--ratio", "6"), ("--method", "dp", "--ratio", "1.5"), ()], ids=" ".join)
+def test_weights_behind_rows_that_the_network_chooses_are_fitted(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    save(chooser())
+    done = onnxdp("compress", "in.onnx", "out.onnx", *words, "--samples", "8", "--json")
+    assert done.exit_code == 0, done.stderr
+    x = np.random.default_rng(3).normal(size=(64, 16)).astype(np.float32)
+    before, after = (
+        ort.InferenceSession(f, providers=["CPUExecutionProvider"]) for f in ("in.onnx", "out.onnx")
+    )
+    (mine,), (other,) = before.run(None, {"x": x}), after.run(None, {"x": x})
+    assert abs(len(mine) - len(other)) < 8
+    scale = np.abs(mine).mean()
+    assert abs(np.abs(other).mean() - scale) < 0.2 * scale
+
+
+@pytest.mark.parametrize(
+    ("body", "decided"),
+    [
+        ("s = Shape(x) o = ConstantOfShape(s) i = NonZero(o) y = Transpose(i)", {}),
+        ("a = Relu(x) i = NonZero(a) y = Transpose(i)", {"y": ("a",)}),
+        ("a = Relu(x) b = Slice<axes=[0], starts=[0], ends=[1]>(a) y = Neg(b)", {}),
+        ("a = Relu(x) n = ReduceSum<keepdims=0>(a) e = Cast<to=7>(n) m = Unsqueeze<axes=[0]>(e) "
+         "z = Sub(m, m) b = Slice(a, z, m) y = Neg(b)", {"y": ("a", "m", "z")}),
+        ("i = NonZero(x) y = Transpose(i)", {}),  # an input decides, and it is the same for both
+    ],
+)  # fmt: skip
+def test_what_decides_an_output_is_what_was_made_before_the_first_selection(body, decided):
+    graph = parser.parse_graph(f"g (float[8] x) => (float y) {{ {body} }}")
+    assert decisions.deciders(graph) == decided
