@@ -1,7 +1,8 @@
-"""Outputs of which the numbers decide how many there are: detections that NonMaxSuppression leaves, say.
+"""Outputs that say nothing of small changes, and the tensors that decide them, which do.
 
-One box more or less, and two such outputs cannot be compared. What decides them can: the tensors before the
-first operator that selects by value.
+Numbers decide how many detections NonMaxSuppression leaves: one box more or less, and two such outputs cannot
+be compared. Classes that ArgMax names stay what they are, or become quite others. Sequences and maps are no
+tensors. What can be compared are the floats before the first operator that selects, decides or bundles.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import TypeAlias
 
-from onnx import GraphProto, NodeProto
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto
 
 from onnxdp import walk
 from onnxdp.records import Array
@@ -22,12 +24,37 @@ _FROM = {"ConstantOfShape": 0, "Range": 0} | dict.fromkeys(
 )
 """Operators of which the values of some inputs give the output's shape: those from this one on."""
 
+_BUNDLING = frozenset(("Optional", "SequenceConstruct", "SequenceInsert", "SplitToSequence", "ZipMap"))
+"""Operators that make of tensors what is none: sequences, and scikit-learn's maps of probabilities."""
+
+_DECIDING = frozenset(
+    (
+        *("ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "LabelEncoder", "Less"),
+        *("LessOrEqual", "QuantizeLinear", "Round", "Sign", "TopK"),
+    )
+)
+"""Operators whose output does not follow small changes of what they read."""
+
+_CARRYING = frozenset(
+    (
+        *("And", "ArrayFeatureExtractor", "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Not"),
+        *("Or", "Reshape", "Slice", "Softmax", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+        "Xor",
+    )
+)
+"""Operators that are looked through on the way to what decides: they move values, or keep their order."""
+
+_FLOATING = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16))
+
+MOST = 256_000_000
+"""Bytes of what decides an output, for all feeds, up to which it is looked at: maps of classes are large."""
+
 Deciders: TypeAlias = Mapping[str, tuple[str, ...]]
 """Output -> the tensors that are looked at in its place where its shape turns out to vary."""
 
 
 def deciders(graph: GraphProto) -> dict[str, tuple[str, ...]]:
-    """Name what decides each output that lies behind an operator that selects by value; none for the others.
+    """Name what decides each output that is no float, or lies behind an operator that selects by value.
 
     What follows from sizes alone (NonZero of a ConstantOfShape counts up, in old exports) selects nothing.
     """
@@ -44,32 +71,59 @@ def deciders(graph: GraphProto) -> dict[str, tuple[str, ...]]:
         if reads & loose.keys() or _selects(node, moved):
             loose |= names
     firm = moved & (made.keys() - loose.keys())
-    found = {o.name: _behind(o.name, loose, firm) for o in graph.output if o.name in loose}
-    return {name: tensors for name, tensors in found.items() if tensors}
+    found = {}
+    for output in graph.output:
+        behind = {output.name}
+        if output.name in loose:
+            behind = _behind(output.name, loose, firm)
+        elif output.type.tensor_type.elem_type in (*_FLOATING, TensorProto.UNDEFINED):
+            continue
+        found[output.name] = tuple(sorted({root for name in behind for root in _roots(name, made, firm)}))
+    return {name: tensors for name, tensors in found.items() if {*tensors} - {name}}
 
 
 def _selects(node: NodeProto, moved: Set[str]) -> bool:
-    """Whether values that follow from the inputs decide how large an output of the node is."""
+    """Whether values that follow from the inputs decide how large an output is, or it is no tensor."""
     sized = not moved.isdisjoint(node.input[_FROM.get(node.op_type, len(node.input)) :])
-    return sized or any(n.op_type in SELECTING for n in walk.deep([node]))
+    return sized or any(n.op_type in SELECTING | _BUNDLING for n in walk.deep([node]))
 
 
-def _behind(output: str, loose: Mapping[str, NodeProto], firm: Set[str]) -> tuple[str, ...]:
+def _behind(output: str, loose: Mapping[str, NodeProto], firm: Set[str]) -> set[str]:
     """Name the firm tensors that the nodes of loose ones read, on any way to an output."""
-    names: dict[str, None] = {}
+    found: set[str] = set()
     waiting, seen = [output], {output}
     while waiting:
         reads = walk.reads(loose[waiting.pop()])
-        names |= dict.fromkeys(sorted(reads & firm))
-        new = (reads & loose.keys()) - seen
-        waiting += sorted(new)
-        seen |= new
-    return tuple(names)
+        found |= reads & firm
+        waiting += (reads & loose.keys()) - seen
+        seen |= reads
+    return found
+
+
+def _roots(name: str, made: Mapping[str, NodeProto], firm: Set[str]) -> set[str]:
+    """Name the tensors that decide a firm one, itself where no decision lies right before it."""
+    found: set[str] = set()
+    waiting, seen = [name], {name}
+    while waiting:
+        here = waiting.pop()
+        if made[here].op_type in _DECIDING | _CARRYING:
+            reads = walk.reads(made[here]) & firm
+            waiting += reads - seen
+            seen |= reads
+        else:
+            found.add(here)
+    return found
 
 
 def all_of(found: Deciders) -> list[str]:
     """Name every tensor that decides an output, once."""
     return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def few(found: Deciders, answer: Mapping[str, Array], feeds: int) -> Deciders:
+    """Return those that are there, and small enough to be kept for so many feeds, by one feed's answer."""
+    there = {name: names for name, names in found.items() if answer.keys() >= set(names)}
+    return {o: names for o, names in there.items() if feeds * sum(answer[n].nbytes for n in names) <= MOST}
 
 
 def replaced(
@@ -79,13 +133,20 @@ def replaced(
 
     ``unlike`` says that another network gave another shape.
     """
-    if name not in found or not (unlike or _varies(name, answers)):
+    if name not in found or not (unlike or _says_little(name, answers)):
         return (name,)
-    floats = [n for n in found[name] if all(n in a and a[n].dtype.kind == "f" and a[n].size for a in answers)]
+    floats = [n for n in found[name] if all(n in a and is_floating(a[n]) and a[n].size for a in answers)]
     return tuple(floats) or (name,)
 
 
-def _varies(name: str, answers: Sequence[Mapping[str, Array]]) -> bool:
-    """Whether an output is of another shape from feed to feed, or of none at all."""
-    shapes = {getattr(a[name], "shape", ()) for a in answers}  # a sequence has none
+def is_floating(output: object) -> bool:
+    """Whether what a session gave is an array of floats: no integers, texts, sequences or maps."""
+    return isinstance(output, np.ndarray) and output.dtype.kind == "f"
+
+
+def _says_little(name: str, answers: Sequence[Mapping[str, Array]]) -> bool:
+    """Whether an output is no array of floats, or of another shape from feed to feed, or empty."""
+    if not all(is_floating(a[name]) for a in answers):
+        return True
+    shapes = {a[name].shape for a in answers}
     return len(shapes) > 1 or any(0 in shape for shape in shapes)

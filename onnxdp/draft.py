@@ -86,6 +86,9 @@ class Draft:
         for opset in proto.opset_import:
             if not opset.domain:
                 opset.ClearField("domain")
+        for value, told in zip(graph.graph.outputs, proto.graph.output, strict=True):
+            if walk.TYPE in value.meta:
+                told.type.ParseFromString(value.meta[walk.TYPE])
         walk.keep_value_infos(proto, self.value_info | walk.told(graph))
         for tensor in walk.tensor_protos(proto):
             once = {e.key: e for e in tensor.metadata_props}

@@ -32,8 +32,11 @@ class Meter:
         outputs = (*before_softmax(network.proto.graph), *network.outputs)
         names = list(dict.fromkeys((*outputs, *decisions.all_of(network.deciders))))
         self._session = network.session(names)
+        first = network.run(self._session, probes.feeds[0], names, {})
+        found = decisions.few(network.deciders, first, len(probes.feeds))
+        names = [n for n in names if n in (*outputs, *decisions.all_of(found))]
         self._base = [network.run(self._session, f, names, {}) for f in probes.feeds]
-        instead = {n: decisions.replaced(n, network.deciders, self._base) for n in outputs}
+        instead = {n: decisions.replaced(n, found, self._base) for n in outputs}
         self.watched, self._judged = (
             list(dict.fromkeys(t for n in some for t in instead[n]))
             for some in (before_softmax(network.proto.graph), network.outputs)
@@ -107,7 +110,7 @@ class Meter:
 
     def _floating(self) -> Iterator[str]:
         for name in self._all:
-            if self._base[0][name].dtype.kind == "f" and self._base[0][name].size:
+            if decisions.is_floating(self._base[0][name]) and self._base[0][name].size:
                 yield name
 
     def _compare(self, got: Iterable[Mapping[str, Array]]) -> tuple[float, float]:

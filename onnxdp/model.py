@@ -250,13 +250,18 @@ def _build(
     buffers = {location: maps[external.files[location]] for location in sorted(external.files)}
     for buffer in buffers.values():
         digest.update(buffer)
+    maps_out = [o for o in proto.graph.output if walk.holds_map(o.type)]
     try:
-        model = ir.serde.deserialize_model(proto)
+        model = ir.serde.deserialize_model(_without_maps(proto) if maps_out else proto)
     except ir.serde.SerdeError as e:
         raise ModelError(
             f"{name} holds something that cannot be carried over: {_root(e)}; simplify it."
         ) from e
     walk.each_tensor(model, lambda t: _mapped(t, buffers))
+    types = {o.name: o.type.SerializeToString() for o in maps_out}
+    for value in model.graph.outputs:
+        if value.name in types:
+            value.meta[walk.TYPE] = types[value.name]
     return Model(
         ir=model,
         path=path,
@@ -265,6 +270,16 @@ def _build(
         original_value_info=frozenset((s, v.name) for s, infos in walk.value_infos(proto) for v in infos),
         external=bool(maps),
     )
+
+
+def _without_maps(proto: ModelProto) -> ModelProto:
+    """Return a copy whose outputs do not say that they are maps, which onnx-ir does not know."""
+    made = ModelProto()
+    made.CopyFrom(proto)
+    for value in (*made.graph.output, *made.graph.value_info):
+        if walk.holds_map(value.type):
+            value.ClearField("type")
+    return made
 
 
 def _root(error: BaseException) -> str:

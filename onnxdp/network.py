@@ -25,6 +25,8 @@ from onnxdp.weights import Found, bias_is_constant, can_centre
 LAID_OUT = 256_000_000
 """Bytes of all weights up to which sessions may hold them; above, they stay mapped from their file."""
 
+_FLOATING = frozenset((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE))
+
 Changes = Mapping[str, Array]
 """Input name of the lifted network (a weight's name, or ``bias_input`` of it) -> array of the stored type."""
 
@@ -107,8 +109,8 @@ class Network:
         Of sequences and of maps, the mean over all places: (samples, places, classes) and (samples, classes,
         height, width).
         """
-        watched = before_softmax(self.proto.graph)
-        if len(watched) != 1:
+        watched, outputs = before_softmax(self.proto.graph), self.proto.graph.output
+        if len(watched) != 1 or outputs[0].type.tensor_type.elem_type not in _FLOATING:
             return None
         run = self._runs(watched)
 
@@ -122,7 +124,7 @@ class Network:
     def responses(self) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
         """Return a function that gives all floating-point outputs."""
         run = self._runs(self.outputs)
-        return lambda feed: [a for a in run(feed).values() if a.dtype.kind == "f"]
+        return lambda feed: [a for a in run(feed).values() if decisions.is_floating(a)]
 
     def _runs(self, outputs: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
         """Return a function that gives some tensors; its session, weights held, is made at the first call."""

@@ -137,7 +137,8 @@ def _carried(made: Probes, network: Network) -> Probes:
     for feed in made.feeds:
         feeds.append(MappingProxyType({**feed, **carried}))
         outputs = network.run(session, feeds[-1], network.outputs, {})
-        free = [x for x in outputs.values() if np.isfinite(x).all()]
+        arrays = (x for x in outputs.values() if isinstance(x, np.ndarray) and x.dtype.kind in "fiub")
+        free = [x for x in arrays if np.isfinite(x).all()]
         carried = {}
         for name in states:
             like = (

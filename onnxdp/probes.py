@@ -262,7 +262,7 @@ def make(
         def ask(chosen: Range) -> Array:
             feeds = ahead(lambda k: feed(np.arange(k, k + size), chosen), range(0, number, size))
             given = [np.asarray(asked(f)) for f in feeds]
-            if any(a.size % size for a in given):
+            if any(a.size % size for a in given) or len({a.size for a in given}) > 1:
                 return np.zeros((number, 1))  # they are not of single samples, and tell none apart
             return np.concatenate([a.reshape(size, -1) for a in given])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -57,8 +57,13 @@ class Reference:
     @classmethod
     def of(cls, session: Any, probes: Probes, deciders: Deciders = MappingProxyType({})) -> Reference:
         """Run a session on every feed."""
-        answers = tuple(runtime.run(session, feed) for feed in probes.feeds)
-        return cls(tuple(session.get_inputs()), tuple(session.get_outputs()), answers, deciders)
+        outputs = tuple(o for o in session.get_outputs() if o.name not in decisions.all_of(deciders))
+        own, answers = {o.name for o in outputs}, []
+        for feed in probes.feeds:
+            answer = runtime.run(session, feed)
+            kept = own.union(decisions.all_of(decisions.few(deciders, answer, len(probes.feeds))))
+            answers.append({n: a for n, a in answer.items() if n in kept})
+        return cls(tuple(session.get_inputs()), outputs, tuple(answers), deciders)
 
 
 def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = None) -> Verification:
@@ -81,18 +86,17 @@ def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = N
     """
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
-    beside = decisions.all_of(a.deciders)
-    _same_interface(a, b, beside)
-    given = {o.name for o in b.get_outputs()}
-    tallies = {o.name: _Tally() for o in a.outputs if o.name in given}
+    given = {o.name: o for o in b.get_outputs()}
+    _same_interface(a, b, [o for n, o in given.items() if n not in decisions.all_of(a.deciders)])
+    tallies = {n: _Tally() for n in a.answers[0] if n in given}
     for feed, left in zip(probes.feeds, a.answers, strict=True):
         right = runtime.run(b, feed)
         for name in tallies:
             tallies[name].add(left[name], right[name])
     shown: dict[str, None] = {}
-    for name in (n for n in tallies if n not in beside):
-        instead = decisions.replaced(name, a.deciders, a.answers, unlike=tallies[name].unlike)
-        shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (name,))
+    for own in (o.name for o in a.outputs):
+        instead = decisions.replaced(own, a.deciders, a.answers, unlike=tallies[own].unlike)
+        shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (own,))
     outputs = tuple(tallies[n].result(n) for n in shown if tallies[n].seen)
     finite = all(np.isfinite(o.relative) for o in outputs)
     worst = max((o.relative for o in outputs), default=0.0)
@@ -138,9 +142,8 @@ class _Tally:
         return OutputDifference(name, self._max, self._sum / self.seen, relative, same)
 
 
-def _same_interface(a: Reference, b: Any, beside: Collection[str]) -> None:
-    outputs = [[o for o in given if o.name not in beside] for given in (a.outputs, b.get_outputs())]
-    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (outputs[0], outputs[1])}
+def _same_interface(a: Reference, b: Any, outputs: Sequence[Any]) -> None:
+    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (a.outputs, outputs)}
     for kind, (mine, other) in pairs.items():
         if len(mine) != len(other) or not all(map(_alike, mine, other)):
             raise ModelError(

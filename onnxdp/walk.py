@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import onnx_ir as ir
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
 
 def deep(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
@@ -76,6 +76,17 @@ def initializers(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
+
+
+TYPE = "type"
+"""Key in the meta of an output whose type, serialized, onnx-ir does not know."""
+
+
+def holds_map(kind: TypeProto) -> bool:
+    """Whether values of this type are maps, or sequences of them: scikit-learn's probabilities."""
+    if kind.HasField("sequence_type"):
+        return holds_map(kind.sequence_type.elem_type)
+    return bool(kind.HasField("map_type"))
 
 
 TOLD = "told"

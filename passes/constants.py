@@ -86,7 +86,7 @@ class GatherConstants(ir.passes.InPlacePass):
             if tensor.dtype in _INTEGERS and tensor.nbytes < _INDICES and value.producer() is None:
                 self._shortened(value, tensor)
             return
-        if tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.STRING:
+        if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:  # texts have no width
             return
         self.saved += 30 if value.producer() else 0
         new = self._kept(model, tensor, held, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from edges import onnxdp, parsed, save
@@ -88,7 +89,7 @@ def test_detections_are_compared_before_they_are_selected(tmp_path, monkeypatch,
     done = onnxdp("compress", "in.onnx", "out.onnx", *words, "--samples", "8", "--json")
     assert done.exit_code == 0, done.stderr
     outputs = {o["name"]: o["relative"] for o in json.loads(done.stdout)["verification"]["outputs"]}
-    assert outputs.keys() == {"flat", "boxes", "scores"}
+    assert outputs.keys() == {"boxes", "scores"}
     assert all(0 < error < 0.1 for error in outputs.values())
 
     again = onnxdp("verify", "in.onnx", "out.onnx", "--tolerance", "0.1", "--json")
@@ -105,7 +106,7 @@ def test_another_file_that_selects_otherwise_fails_where_nothing_else_can_be_com
     other = detector(0.45)
     for node in other.graph.node:  # no tensor has the name that is looked for
         for names in (node.input, node.output):
-            names[:] = [f"{n}_" if n in ("flat", "boxes", "scores") else n for n in names]
+            names[:] = [f"{n}_" if n in ("boxes", "scores") else n for n in names]
     save(other, "other.onnx")
     done = onnxdp("verify", "in.onnx", "other.onnx", "--tolerance", "0.5")
     assert done.exit_code != 0
@@ -128,6 +129,67 @@ def test_weights_behind_rows_that_the_network_chooses_are_fitted(tmp_path, monke
     assert abs(np.abs(other).mean() - scale) < 0.2 * scale
 
 
+def classifier(end: str, output: str, **more):
+    """Return two layers and what makes of their scores something that is no float: 17 kB."""
+    rng = np.random.default_rng(0)
+    return parsed(
+        f"""<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
+        classifier (float[N, 32] x) => ({output} y) {{
+          a = MatMul (x, w1)
+          r = Relu (a)
+          scores = MatMul (r, w2)
+          {end}
+        }}""",
+        w1=(rng.normal(size=(32, 64)) / 8).astype(np.float32),
+        w2=(rng.normal(size=(64, 32)) / 6).astype(np.float32),
+        **more,
+    )
+
+
+NAMES = np.array([f"class {i}" for i in range(32)], object)
+LABELS = f"classlabels_int64s = [{', '.join(map(str, range(32)))}]"
+ENDS = {
+    "classes": ("p = Softmax (scores) y = ArgMax <axis = 1> (p)", "int64[N, 1]", {}),
+    "names": ("i = ArgMax <axis = 1> (scores) y = Gather (names, i)", "string[N, 1]", {"names": NAMES}),
+    "yes": ("y = Greater (scores, half)", "bool[N, 32]", {"half": np.float32(0.5)}),
+    "bytes": ("b = Sigmoid (scores) c = Mul (b, most) y = Cast <to = 2> (c)", "uint8[N, 32]",
+              {"most": np.float32(255)}),
+    "places": ("b = Greater (scores, half) y = NonZero (b)", "int64[2, k]", {"half": np.float32(0.5)}),
+    "sequence": ("y = SplitToSequence <axis = 1> (scores, sixteen)", "seq(float[N, 16])",
+                 {"sixteen": np.array(16)}),
+    "optional": ("y = Optional (scores)", "optional(float[N, 32])", {}),
+    "map": (f"y = ai.onnx.ml.ZipMap <{LABELS}> (scores)", "seq(map(int64, float))", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("--ratio", "3"), ("--method", "dp", "--ratio", "1.5"), ()], ids=" ".join)
+@pytest.mark.parametrize("end", ENDS)
+def test_outputs_that_are_no_floats_are_compared_by_what_decides_them(tmp_path, monkeypatch, end, words):
+    monkeypatch.chdir(tmp_path)
+    body, kind, more = ENDS[end]
+    model = classifier(body, kind, **more)
+    save(model)
+    done = onnxdp("compress", "in.onnx", "out.onnx", *words, "--samples", "8", "--json")
+    assert done.exit_code == 0, done.stderr
+    outputs = json.loads(done.stdout)["verification"]["outputs"]
+    # ONNX Runtime gives what is in an Optional
+    assert [o["name"] for o in outputs] == [{"bytes": "c", "optional": "y"}.get(end, "scores")]
+    assert 0 < outputs[0]["relative"] < 0.03
+    made = onnx.load("out.onnx")
+    assert [o.type for o in made.graph.output] == [o.type for o in model.graph.output]
+    x = np.random.default_rng(3).normal(size=(4, 32)).astype(np.float32)
+    ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})
+
+
+def test_a_map_of_classes_that_is_too_large_to_keep_is_not(monkeypatch):
+    answer = {"y": np.zeros((1, 8, 8), np.int64), "scores": np.zeros((1, 5, 8, 8), np.float32)}
+    monkeypatch.setattr(decisions, "MOST", 4 * answer["scores"].nbytes)
+    found = {"y": ("scores",)}
+    assert decisions.few(found, answer, 4) == found
+    assert decisions.few(found, answer, 5) == {}
+    assert decisions.replaced("y", {}, [answer]) == ("y",)
+
+
 @pytest.mark.parametrize(
     ("body", "decided"),
     [
@@ -135,7 +197,7 @@ def test_weights_behind_rows_that_the_network_chooses_are_fitted(tmp_path, monke
         ("a = Relu(x) i = NonZero(a) y = Transpose(i)", {"y": ("a",)}),
         ("a = Relu(x) b = Slice<axes=[0], starts=[0], ends=[1]>(a) y = Neg(b)", {}),
         ("a = Relu(x) n = ReduceSum<keepdims=0>(a) e = Cast<to=7>(n) m = Unsqueeze<axes=[0]>(e) "
-         "z = Sub(m, m) b = Slice(a, z, m) y = Neg(b)", {"y": ("a", "m", "z")}),
+         "z = Sub(m, m) b = Slice(a, z, m) y = Neg(b)", {"y": ("a", "n", "z")}),
         ("i = NonZero(x) y = Transpose(i)", {}),  # an input decides, and it is the same for both
     ],
 )  # fmt: skip
