@@ -8,7 +8,7 @@ tensors. What can be compared are the floats before the first operator that sele
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto
@@ -44,19 +44,31 @@ _CARRYING = frozenset(
 )
 """Operators that are looked through on the way to what decides: they move values, or keep their order."""
 
-_FLOATING = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16))
+_UNASKED = frozenset(
+    TensorProto.DataType.Value(t) for t in ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16", "UNDEFINED")
+)
+"""Types of outputs that say something of small changes, and of those that are no tensors."""
 
 MOST = 256_000_000
 """Bytes of what decides an output, for all feeds, up to which it is looked at: maps of classes are large."""
 
-Deciders: TypeAlias = Mapping[str, tuple[str, ...]]
-"""Output -> the tensors that are looked at in its place where its shape turns out to vary."""
+
+class Instead(NamedTuple):
+    """The tensors that are looked at in an output's place, where it turns out to say little or ``always``."""
+
+    tensors: tuple[str, ...]
+    always: bool = False
 
 
-def deciders(graph: GraphProto) -> dict[str, tuple[str, ...]]:
+Deciders: TypeAlias = Mapping[str, Instead]
+"""By output."""
+
+
+def deciders(graph: GraphProto) -> dict[str, Instead]:
     """Name what decides each output that is no float, or lies behind an operator that selects by value.
 
     What follows from sizes alone (NonZero of a ConstantOfShape counts up, in old exports) selects nothing.
+    NonMaxSuppression sorts what it leaves: as many boxes may still be others, row by row.
     """
     moved = {v.name for v in graph.input} - {t.name for t in graph.initializer}  # follow from the inputs
     made: dict[str, NodeProto] = {}
@@ -73,13 +85,15 @@ def deciders(graph: GraphProto) -> dict[str, tuple[str, ...]]:
     firm = moved & (made.keys() - loose.keys())
     found = {}
     for output in graph.output:
-        behind = {output.name}
+        behind, sorted_ = {output.name}, False
         if output.name in loose:
-            behind = _behind(output.name, loose, firm)
-        elif output.type.tensor_type.elem_type in (*_FLOATING, TensorProto.UNDEFINED):
+            behind, sorted_ = _behind(output.name, loose, firm)
+        elif output.name not in firm or output.type.tensor_type.elem_type in _UNASKED:
             continue
-        found[output.name] = tuple(sorted({root for name in behind for root in _roots(name, made, firm)}))
-    return {name: tensors for name, tensors in found.items() if {*tensors} - {name}}
+        roots = {root for name in behind for root in _roots(name, made, firm)}
+        if roots - {output.name}:
+            found[output.name] = Instead(tuple(sorted(roots)), sorted_)
+    return found
 
 
 def _selects(node: NodeProto, moved: Set[str]) -> bool:
@@ -88,16 +102,22 @@ def _selects(node: NodeProto, moved: Set[str]) -> bool:
     return sized or any(n.op_type in SELECTING | _BUNDLING for n in walk.deep([node]))
 
 
-def _behind(output: str, loose: Mapping[str, NodeProto], firm: Set[str]) -> set[str]:
-    """Name the firm tensors that the nodes of loose ones read, on any way to an output."""
+def _behind(output: str, loose: Mapping[str, NodeProto], firm: Set[str]) -> tuple[set[str], bool]:
+    """Name the firm tensors that the nodes of loose ones read, on any way to an output.
+
+    Says, too, whether one of these nodes sorts what it leaves.
+    """
     found: set[str] = set()
+    sorts = False
     waiting, seen = [output], {output}
     while waiting:
-        reads = walk.reads(loose[waiting.pop()])
+        node = loose[waiting.pop()]
+        sorts = sorts or any(n.op_type == "NonMaxSuppression" for n in walk.deep([node]))
+        reads = walk.reads(node)
         found |= reads & firm
         waiting += (reads & loose.keys()) - seen
         seen |= reads
-    return found
+    return found, sorts
 
 
 def _roots(name: str, made: Mapping[str, NodeProto], firm: Set[str]) -> set[str]:
@@ -117,13 +137,13 @@ def _roots(name: str, made: Mapping[str, NodeProto], firm: Set[str]) -> set[str]
 
 def all_of(found: Deciders) -> list[str]:
     """Name every tensor that decides an output, once."""
-    return list(dict.fromkeys(name for names in found.values() for name in names))
+    return list(dict.fromkeys(name for instead in found.values() for name in instead.tensors))
 
 
 def few(found: Deciders, answer: Mapping[str, Array], feeds: int) -> Deciders:
     """Return those that are there, and small enough to be kept for so many feeds, by one feed's answer."""
-    there = {name: names for name, names in found.items() if answer.keys() >= set(names)}
-    return {o: names for o, names in there.items() if feeds * sum(answer[n].nbytes for n in names) <= MOST}
+    there = {o: i for o, i in found.items() if answer.keys() >= set(i.tensors)}
+    return {o: i for o, i in there.items() if feeds * sum(answer[n].nbytes for n in i.tensors) <= MOST}
 
 
 def replaced(
@@ -133,9 +153,10 @@ def replaced(
 
     ``unlike`` says that another network gave another shape.
     """
-    if name not in found or not (unlike or _says_little(name, answers)):
+    if name not in found or not (found[name].always or unlike or _says_little(name, answers)):
         return (name,)
-    floats = [n for n in found[name] if all(n in a and is_floating(a[n]) and a[n].size for a in answers)]
+    tensors = found[name].tensors
+    floats = [n for n in tensors if all(n in a and is_floating(a[n]) and a[n].size for a in answers)]
     return tuple(floats) or (name,)
 
 

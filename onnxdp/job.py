@@ -28,7 +28,7 @@ from onnxdp.model import Model
 from onnxdp.network import Network
 from onnxdp.passes import ShortenNames
 from onnxdp.planner import Choice, Operations
-from onnxdp.probes import Probes
+from onnxdp.probes import LOUD, Probes
 from onnxdp.pruning import Dropped
 from onnxdp.records import (
     Candidate,
@@ -141,6 +141,11 @@ class Job:
                 found, made = preparation.probed(network, found, settings, many=sequential)
                 fit, held_out = made.split(FIT_SHARE)
                 del made  # large
+        if fit.source == LOUD:
+            notices.append(
+                "Made-up pictures are numbers of 0 to 255 about their mean, because standardised ones get "
+                "alike answers; if the network takes others, give --mean and --std, or --calibrate."
+            )
         original, whole = model, found
         with _clock(seconds, "pruning"):
             thinner = Thinner(model, found, network, fit, held_out, settings, progress)

@@ -44,6 +44,8 @@ _LARGE = 10_000
 """Pixels of a picture from which two threads draw faster than one: small ones keep the interpreter."""
 _ASKED = 48
 """Probes that tell whether a network is steady about signals, or hardly moved by pictures."""
+LOUD = "dead leaves of 0..255 about their mean"
+"""What made-up pictures are where standardised ones hardly move the network and nobody said what it takes."""
 _UNMOVED = 1.3
 """Diversity of the answers below which a network is taken to be hardly moved by standardised pictures."""
 
@@ -273,8 +275,9 @@ def make(
                 scores, chosen = louder, CENTRED
         order = pick(scores, total) if many > total else order
     made = tuple(feed(order[k : k + size], chosen) for k in range(0, total, size))
-    kinds = {"image": "dead leaves", "ids": "random ids"}
-    return Probes(made, total, seed, kinds.get(main, "random numbers"), plan.axes, plan.dynamic)
+    source = {"image": "dead leaves", "ids": "random ids"}.get(main, "random numbers")
+    source = LOUD if chosen is CENTRED and wanted is None else source
+    return Probes(made, total, seed, source, plan.axes, plan.dynamic)
 
 
 def _steadiest(erratic_about: Callable[[Array], Array], units: Array, total: int) -> Array | None:
@@ -346,8 +349,9 @@ def _draw(spec: InputSpec, plan: Layout, seed: int, k: int, standard: int) -> Ca
     Mean and deviation of a set of pictures are those of its first ``standard``.
     """
     if number_kind(spec.dtype) == "?":
+        kind = "text" if spec.dtype == "object" else spec.dtype
         raise UsageError(
-            f"The input {spec.name!r} is of type {spec.dtype} and cannot be made up; give --inputs FILE.npz."
+            f"The input {spec.name!r} holds {kind}, which cannot be made up; give --inputs FILE.npz."
         )
     dtype, shape, axis = np.dtype(spec.dtype), plan.shapes[spec.name], plan.axes[spec.name]
     if spec.kind == "image":

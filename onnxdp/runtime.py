@@ -136,7 +136,8 @@ def run(made: Any, feed: Mapping[str, Array], outputs: Sequence[str] | None = No
     """
     names = list(outputs) if outputs is not None else [o.name for o in made.get_outputs()]
     try:
-        return dict(zip(names, made.run(names, dict(feed)), strict=True))
+        given = {n: np.asarray(a) for n, a in feed.items()}  # of rank 0, NumPy hands out no array
+        return dict(zip(names, made.run(names, given), strict=True))
     except MemoryError:
         raise
     except Exception as e:

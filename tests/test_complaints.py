@@ -682,3 +682,23 @@ def test_a_large_fixed_batch_leaves_enough_to_measure_on(tmp_path):
     source = save(parsed(text, a=decaying(256, 192, 1), b=decaying(192, 9, 2)), tmp_path / "fixed.onnx")
     report = package.compress(source, tmp_path / "out.onnx", ratio=4).report
     assert report.ratio >= 4 and report.verification.error < 0.05
+
+
+def test_an_input_may_be_a_single_number():
+    """The step of a diffusion network: NumPy's arithmetic makes of an array of rank 0 a number."""
+    rng = np.random.default_rng(0)
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        step (float t) => (float[64] y) {
+          angle = Mul (frequency, t)
+          wave = Sin (angle)
+          a = MatMul (wave, w1)
+          r = Relu (a)
+          y = MatMul (r, w2)
+        }""",
+        frequency=rng.normal(size=64).astype(np.float32),
+        w1=decaying(64, 96, 1),
+        w2=decaying(96, 64, 2),
+    )
+    report, _ = compressed(model, "--ratio", "3")
+    assert 0 < report["verification"]["outputs"][0]["relative"] < 0.1

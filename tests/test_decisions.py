@@ -184,7 +184,7 @@ def test_outputs_that_are_no_floats_are_compared_by_what_decides_them(tmp_path, 
 def test_a_map_of_classes_that_is_too_large_to_keep_is_not(monkeypatch):
     answer = {"y": np.zeros((1, 8, 8), np.int64), "scores": np.zeros((1, 5, 8, 8), np.float32)}
     monkeypatch.setattr(decisions, "MOST", 4 * answer["scores"].nbytes)
-    found = {"y": ("scores",)}
+    found = {"y": decisions.Instead(("scores",))}
     assert decisions.few(found, answer, 4) == found
     assert decisions.few(found, answer, 5) == {}
     assert decisions.replaced("y", {}, [answer]) == ("y",)
@@ -203,4 +203,14 @@ def test_a_map_of_classes_that_is_too_large_to_keep_is_not(monkeypatch):
 )  # fmt: skip
 def test_what_decides_an_output_is_what_was_made_before_the_first_selection(body, decided):
     graph = parser.parse_graph(f"g (float[8] x) => (float y) {{ {body} }}")
-    assert decisions.deciders(graph) == decided
+    assert {name: instead.tensors for name, instead in decisions.deciders(graph).items()} == decided
+
+
+def test_outputs_that_are_inputs_or_constants_decide_nothing():
+    graph = parser.parse_graph(
+        """g (float[8] x, int64[4] i) => (float[8] y, int64[4] i, int64[2] k, int64[1] s)
+        <int64[2] k = {1, 2}> {
+          y = Relu(x) s = Shape(y)
+        }"""
+    )
+    assert decisions.deciders(graph) == {}

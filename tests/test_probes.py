@@ -335,8 +335,8 @@ def test_split_of_fixed_batches_keeps_them_whole() -> None:
 
 
 def test_text_cannot_be_made_up() -> None:
-    with pytest.raises(UsageError, match="--inputs"):
-        make([InputSpec("t", "str", ("n",))], samples=2, seed=0)
+    with pytest.raises(UsageError, match="'t' holds text, which cannot be made up; give --inputs"):
+        make([InputSpec("t", "object", ("n",))], samples=2, seed=0)
 
 
 def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from test_forms import SPARED, weight_of, weights_
 import onnxdp as package
 from onnxdp import model as model_file
 from onnxdp import weights
+from onnxdp.errors import UsageError
 from onnxdp.methods.codes import code_for
 from onnxdp.methods.form import Task
 from onnxdp.methods.problem import Problem
@@ -221,6 +222,26 @@ def test_samples_turn_the_error_to_where_it_does_least_harm():
         made = QUANT.encode(Task(weight, tensor, samples, False), {"levels": 4}, Settings(), device="cpu")
         lost.append(np.linalg.norm(x @ (QUANT.decode(weight, made) - tensor).T))
     assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-20, 1e-23, 1e-30, 1e-45])
+def test_a_weight_that_is_fed_next_to_nothing_is_rounded_by_itself(size):
+    """A share of a mean that float32 hardly holds is none: added to a diagonal it never made it definite."""
+    rng = np.random.default_rng(6)
+    weight, tensor = weight_of((64, 1, 3, 3), op="Conv", groups=64), draw(rng, 64, 1, 3, 3)
+    samples = draw(rng, 64, 90, 9) / np.float32(90**0.5)
+    samples[::2] *= np.float32(size)
+    made = QUANT.encode(Task(weight, tensor, samples, False), {"levels": 255}, Settings(), device="cpu")
+    assert np.abs(QUANT.decode(weight, made) - tensor).max() <= 1.5 * made.arrays["scale"].max()
+
+
+@pytest.mark.parametrize("size", [1e17, 3e18, 1e30, np.nan, np.inf])
+def test_a_weight_that_is_fed_too_much_is_refused(size):
+    rng = np.random.default_rng(6)
+    samples = draw(rng, 1, 90, 48) * np.float32(size)
+    task = Task(weight_of((5, 48), op="Gemm"), draw(rng, 5, 48), samples, False)
+    with np.errstate(all="ignore"), pytest.raises(UsageError, match="--inputs or --calibrate"):
+        Problem.of(task, "cpu")
 
 
 def test_a_matrix_of_many_inputs_is_cut_and_still_has_one_step_per_output(monkeypatch):

@@ -28,6 +28,8 @@ NAME = "quant"
 
 DAMPING = (0.1, 0.3)
 """Added to the diagonal of H, over its mean: a + b * inputs / samples; made-up inputs are not real ones."""
+_UNFED = float(np.finfo(np.float32).tiny / np.finfo(np.float32).eps)
+"""Mean of the diagonal of H up to which a weight is fed nothing: a share of it may be no float32 any more."""
 ALPHA = 1.0
 """Share of the way that a weight moves towards what its outputs lack."""
 OPSET = 17
@@ -54,7 +56,7 @@ class Problem:
         xp = arrays.namespace(x)
         moment = [arrays.gram(x)]
         mean = xp.mean(xp.linalg.diagonal(moment[0]), axis=-1)
-        mean = xp.where(mean > 0, mean, xp.ones_like(mean))
+        mean = xp.where(mean > _UNFED, mean, xp.ones_like(mean))
         share = DAMPING[0] + DAMPING[1] * min(1.0, inputs / parts / rows)
         return cls(Curvature.of(moment.pop(), share * mean), parts)  # large: not held here meanwhile
 

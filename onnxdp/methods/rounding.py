@@ -19,6 +19,8 @@ from onnxdp import arrays
 from onnxdp.arrays import Array
 from onnxdp.errors import UsageError
 
+_MOST = 1e32
+"""Largest second moment that leaves room for what is worked out with it in float32."""
 _BLOCK = 96
 """Rows that are rounded before the rest is told by one matrix product, ..."""
 _ROWS = 16
@@ -68,10 +70,10 @@ class Curvature:
         Raises
         ------
         UsageError
-            ``moment`` holds a value that is not a number, or beyond all bounds.
+            ``moment`` holds a value that is not a number, or too large to be worked with in float32.
         """
         xp = arrays.namespace(moment)
-        if not bool(xp.all(xp.isfinite(moment))):
+        if not bool(xp.max(xp.linalg.diagonal(moment)) < _MOST):  # no number is larger beside these
             raise UsageError(
                 "What a weight is fed holds a value that is not a number, or one beyond float32's range; "
                 "give real inputs with --inputs or --calibrate."
