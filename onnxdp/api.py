@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from onnx import ModelProto
 
-from onnxdp import arrays, decisions, environment, frontier, terms, timing, verifier, weights
+from onnxdp import arrays, decisions, environment, frontier, noise, terms, timing, verifier, weights
 from onnxdp import model as model_file
-from onnxdp.decisions import Deciders
 from onnxdp.findings import BenchRow, Diagnosis, Frontier, InspectedWeight, Inspection
 from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
@@ -189,10 +187,14 @@ def verify(
     """Compare the outputs of two models on probe inputs, or on given ones."""
     first = model_file.serialize(model_file.read(a))
     made = probes_for(first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
-    found = decisions.deciders(first.graph)
-    reference = verifier.Reference.of(_opened(a, first, found), made, found)
-    second = _opened(b, model_file.serialize(model_file.read(b)), found)
-    return verifier.compare(reference, second, made, tolerance=tolerance)
+    second = model_file.serialize(model_file.read(b))
+    found, noisy = decisions.deciders(first.graph), noise.draws(first)
+    sessions = (
+        verifier.opened(Path(m) if isinstance(m, str | os.PathLike) else proto, found, noisy=noisy)
+        for m, proto in ((a, first), (b, second))
+    )
+    reference = verifier.Reference.of(next(sessions), made, found)
+    return verifier.compare(reference, next(sessions), made, tolerance=tolerance)
 
 
 def bench(
@@ -212,11 +214,6 @@ def doctor(source: Any = None) -> Diagnosis:
     """Say what is installed, and what of a model would be skipped and why."""
     found = environment.diagnose()
     return found if source is None else replace(found, inspection=inspect(source))
-
-
-def _opened(source: Any, proto: ModelProto, deciders: Deciders) -> Any:
-    """Return the session of a model to verify, from its file where there is one."""
-    return verifier.opened(Path(source) if isinstance(source, str | os.PathLike) else proto, deciders)
 
 
 def _unsound(found: Found, weight: Weight) -> str | None:

@@ -59,9 +59,8 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     job = Job.start(source, each[0], progress, also=each[1:])
     seconds = dict(job.seconds)
     path = job.original.path
-    deciders = job.rewriter.deciders
-    session = verifier.opened(path if path is not None else model_file.serialize(job.original), deciders)
-    reference = Reference.of(session, job.held_out, deciders)
+    session = job.rewriter.opened(path if path is not None else model_file.serialize(job.original))
+    reference = Reference.of(session, job.held_out, job.rewriter.deciders)
     del session
     started, notices = job.started, tuple(job.notices)
     points = []
@@ -115,7 +114,7 @@ def _measured(job: Job, made: Plan, reference: Reference) -> tuple[File, float]:
 
     def check(at: Path) -> None:
         job.encoder.progress("verifying", 0, 1, "")
-        found = verifier.compare(reference, verifier.opened(at, reference.deciders), job.held_out)
+        found = verifier.compare(reference, job.rewriter.opened(at), job.held_out)
         if not found.passed:
             raise VerifyError(
                 "The compressed model's outputs are not finite on the probe inputs; ask for less."

@@ -173,7 +173,7 @@ class Job:
             if known is not None:
                 workshop.restore(known.solved)
             workshop.solve(network, fit, progress)
-        rewriter = Rewriter(model, found, workshop, settings, network.deciders)
+        rewriter = Rewriter(model, found, workshop, settings, network.deciders, network.noisy)
         budget = settings.budget(model.nbytes) if plan is None else plan.budget
         often = bool(also) or (settings.error_target is not None and plan is None)
         job = cls(
@@ -425,7 +425,7 @@ class Job:
             budgets.refuse(made, self.original, nbytes)
             self.encoder.progress("verifying", 0, 1, "")
             with _clock(self.seconds, "verifying"):
-                checked.append(verified(self.original, given, at, self.held_out, self.rewriter.deciders))
+                checked.append(verified(self.original, given, at, self.held_out, self.rewriter))
 
         if dry_run:
             nbytes = model_file.output_size(result, target=path)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxdp import decisions, runtime, walk, weights
+from onnxdp import decisions, noise, runtime, walk, weights
 from onnxdp import model as model_file
 from onnxdp.model import Model
 from onnxdp.passes import LiftWeights
@@ -69,6 +69,9 @@ class Network:
             {bias_input(w.name): twin.readers[w.name][0].node for w in centred},
         )(copied.ir)
         self.proto = model_file.serialize(copied)
+        self.noisy = noise.draws(self.proto)
+        if self.noisy:
+            noise.settle(self.proto)
         self.specification = _without_inputs(self.proto, self.fed)
         self._threads, self._provider = threads, provider
         self.deciders = decisions.deciders(self.specification.graph)

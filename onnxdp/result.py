@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
 
 from onnxdp import decisions, runtime, timing, verifier, walk, weights
 from onnxdp import model as model_file
@@ -36,7 +39,9 @@ class Rewriter:
     workshop: Workshop
     settings: Settings
     deciders: Deciders
-    """What decides outputs of which values decide the shape; these tensors keep their names."""
+    """What decides outputs that say little; these tensors keep their names."""
+    noisy: bool
+    """Whether the model draws random numbers."""
     narrowed: bool = True
     """Whether small vectors become float16, too."""
 
@@ -50,6 +55,10 @@ class Rewriter:
             made = self.rewritten(outline, self.workshop.no_shifts(outline))
             self._sizes[key] = model_file.output_size(made)
         return self._sizes[key]
+
+    def opened(self, model: ModelProto | Path) -> Any:
+        """Make a session whose answers can be compared with those of another form of the model."""
+        return verifier.opened(model, self.deciders, noisy=self.noisy)
 
     def rewritten(self, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> Model:
         """Return a copy that draws the encoded weights, with biases shifted."""
@@ -79,15 +88,16 @@ class Rewriter:
 
 
 def verified(
-    original: Model, given: Path | None, at: Path, held_out: Probes, deciders: Deciders
+    original: Model, given: Path | None, at: Path, held_out: Probes, rewriter: Rewriter
 ) -> tuple[Verification, float | None]:
     """Check the written file against the original, before it takes its name."""
     verifier.check_file(at)
-    session = verifier.opened(given if given is not None else model_file.serialize(original), deciders)
-    reference = verifier.Reference.of(session, held_out, deciders)
+    source = given if given is not None else model_file.serialize(original)
+    session = rewriter.opened(source)
+    reference = verifier.Reference.of(session, held_out, rewriter.deciders)
     if original.nbytes > LARGE:
         session = None
-    compressed = verifier.opened(at, deciders)
+    compressed = rewriter.opened(at)
     found = verifier.compare(reference, compressed, held_out)
     if not found.passed:
         raise VerifyError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxdp import noise
 from onnxdp.errors import ModelError, SetupError
 from onnxdp.probes import InputSpec
 from onnxdp.records import Array
@@ -44,6 +45,7 @@ def session(
     provider: str = "cpu",
     disabled: Sequence[str] = (),
     also: Collection[str] = (),
+    noisy: bool = False,
 ) -> Any:
     """Make an ``onnxruntime.InferenceSession``.
 
@@ -58,6 +60,8 @@ def session(
         Optimizers of ONNX Runtime to leave out.
     also : collection of str
         Tensors to give beside the outputs, those of them that the model makes.
+    noisy : bool
+        Whether the model draws random numbers, which are to be the same in every run.
 
     Raises
     ------
@@ -67,7 +71,7 @@ def session(
         ONNX Runtime refuses the model.
     """
     ort = onnxruntime()
-    if also:
+    if also or noisy:
         model = _giving(model, also)
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -113,6 +117,7 @@ def _giving(model: onnx.ModelProto | Path, names: Collection[str]) -> onnx.Model
     made = onnx.load(model) if isinstance(model, Path) else onnx.ModelProto()
     if not isinstance(model, Path):
         made.CopyFrom(model)
+    noise.settle(made)
     known = {n for node in made.graph.node for n in node.output} - {o.name for o in made.graph.output}
     made.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n in known)
     return made

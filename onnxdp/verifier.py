@@ -36,9 +36,12 @@ def check_file(path: Path) -> None:
         ) from e
 
 
-def opened(model: ModelProto | Path, deciders: Deciders) -> Any:
-    """Make a session that gives, beside the outputs, what decides them where the model makes it."""
-    return runtime.session(model, also=decisions.all_of(deciders))
+def opened(model: ModelProto | Path, deciders: Deciders, *, noisy: bool) -> Any:
+    """Make a session that gives, beside the outputs, what decides them where the model makes it.
+
+    What a ``noisy`` model draws is the same in every run, and in every session.
+    """
+    return runtime.session(model, also=decisions.all_of(deciders), noisy=noisy)
 
 
 @dataclass(frozen=True, slots=True)
