@@ -144,7 +144,7 @@ class Job:
         if fit.source == LOUD:
             notices.append(
                 "Made-up pictures are numbers of 0 to 255 about their mean, because standardised ones get "
-                "alike answers; if the network takes others, give --mean and --std, or --calibrate."
+                "alike answers; if the network takes others, give some with --calibrate or --inputs."
             )
         original, whole = model, found
         with _clock(seconds, "pruning"):

@@ -702,3 +702,22 @@ def test_an_input_may_be_a_single_number():
     )
     report, _ = compressed(model, "--ratio", "3")
     assert 0 < report["verification"]["outputs"][0]["relative"] < 0.1
+
+
+def test_a_person_is_told_that_pictures_were_made_louder_than_usual():
+    """A network taught on numbers of 0 to 255 hardly tells standardised pictures apart."""
+    rng = np.random.default_rng(0)
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        taught_on_bytes (float[N, 3, 16, 16] x) => (float[N, 10] y) {
+          a = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (x)
+          f = Flatten (a)
+          y = MatMul (f, w)
+        }""",
+        w=(rng.normal(size=(48, 10)) / 30).astype(np.float32),
+    )
+    report, _ = compressed(model, "--ratio", "1.5", "--samples", "32")
+    assert any("0 to 255 about their mean" in notice for notice in report["notices"])
+    np.savez("in.npz", x=rng.normal(size=(32, 3, 16, 16)).astype(np.float32))
+    report, _ = compressed(model, "--ratio", "1.5", "--inputs", "in.npz")
+    assert not any("0 to 255 about their mean" in notice for notice in report["notices"])
