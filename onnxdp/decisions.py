@@ -54,9 +54,13 @@ MOST = 256_000_000
 
 
 class Instead(NamedTuple):
-    """The tensors that are looked at in an output's place, where it turns out to say little or ``always``."""
+    """The tensors that are looked at in an output's place, where it turns out to say little or ``always``.
+
+    ``inner`` are those that are no outputs.
+    """
 
     tensors: tuple[str, ...]
+    inner: tuple[str, ...]
     always: bool = False
 
 
@@ -92,7 +96,8 @@ def deciders(graph: GraphProto) -> dict[str, Instead]:
             continue
         roots = {root for name in behind for root in _roots(name, made, firm)}
         if roots - {output.name}:
-            found[output.name] = Instead(tuple(sorted(roots)), sorted_)
+            inner = roots - {o.name for o in graph.output}
+            found[output.name] = Instead(tuple(sorted(roots)), tuple(sorted(inner)), sorted_)
     return found
 
 
@@ -136,8 +141,8 @@ def _roots(name: str, made: Mapping[str, NodeProto], firm: Set[str]) -> set[str]
 
 
 def all_of(found: Deciders) -> list[str]:
-    """Name every tensor that decides an output, once."""
-    return list(dict.fromkeys(name for instead in found.values() for name in instead.tensors))
+    """Name every tensor that decides an output and is none, once."""
+    return list(dict.fromkeys(name for instead in found.values() for name in instead.inner))
 
 
 def few(found: Deciders, answer: Mapping[str, Array], feeds: int) -> Deciders:

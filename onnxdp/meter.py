@@ -32,9 +32,11 @@ class Meter:
         outputs = (*before_softmax(network.proto.graph), *network.outputs)
         names = list(dict.fromkeys((*outputs, *decisions.all_of(network.deciders))))
         self._session = network.session(names)
-        first = network.run(self._session, probes.feeds[0], names, {})
-        found = decisions.few(network.deciders, first, len(probes.feeds))
-        names = [n for n in names if n in (*outputs, *decisions.all_of(found))]
+        found = network.deciders
+        if found:
+            first = network.run(self._session, probes.feeds[0], names, {})
+            found = decisions.few(found, first, len(probes.feeds))
+            names = [n for n in names if n in (*outputs, *decisions.all_of(found))]
         self._base = [network.run(self._session, f, names, {}) for f in probes.feeds]
         instead = {n: decisions.replaced(n, found, self._base) for n in outputs}
         self.watched, self._judged = (

@@ -74,7 +74,7 @@ class Network:
             noise.settle(self.proto)
         self.specification = _without_inputs(self.proto, self.fed)
         self._threads, self._provider = threads, provider
-        self.deciders = decisions.deciders(self.specification.graph)
+        self.deciders: decisions.Deciders = decisions.deciders(self.specification.graph)
         self.outputs = [o.name for o in self.proto.graph.output]
         self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
         self._laid_out = sum(a.nbytes for a in self.fed.values()) <= LAID_OUT

@@ -181,10 +181,26 @@ def test_outputs_that_are_no_floats_are_compared_by_what_decides_them(tmp_path, 
     ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})
 
 
+def test_an_output_that_decides_another_is_compared_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = classifier("y = ArgMax <axis = 1> (scores)", "float[N, 32] scores, int64[N, 1]")
+    model.graph.output.append(onnx.helper.make_tensor_value_info("some", onnx.TensorProto.FLOAT, ["k"]))
+    model.graph.node.append(onnx.helper.make_node("Compress", ["scores", "yes"], ["some"]))
+    model.graph.node.insert(3, onnx.helper.make_node("Greater", ["scores", "none"], ["over"]))
+    model.graph.node.insert(4, onnx.helper.make_node("Reshape", ["over", "flat"], ["yes"]))
+    for name, value in {"none": np.float32(-1e9), "flat": np.array([-1])}.items():  # all of them, always
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    save(model)
+    done = onnxdp("compress", "in.onnx", "out.onnx", "--ratio", "3", "--samples", "8", "--json")
+    assert done.exit_code == 0, done.stderr
+    outputs = [o["name"] for o in json.loads(done.stdout)["verification"]["outputs"]]
+    assert outputs == ["scores", "some"]
+
+
 def test_a_map_of_classes_that_is_too_large_to_keep_is_not(monkeypatch):
     answer = {"y": np.zeros((1, 8, 8), np.int64), "scores": np.zeros((1, 5, 8, 8), np.float32)}
     monkeypatch.setattr(decisions, "MOST", 4 * answer["scores"].nbytes)
-    found = {"y": decisions.Instead(("scores",))}
+    found = {"y": decisions.Instead(("scores",), ("scores",))}
     assert decisions.few(found, answer, 4) == found
     assert decisions.few(found, answer, 5) == {}
     assert decisions.replaced("y", {}, [answer]) == ("y",)
