@@ -514,7 +514,7 @@ def at(moment, *words):
 
 
 def wait(condition):
-    for _ in range(4000):
+    for _ in range(12000):
         if condition():
             return
         time.sleep(0.005)
@@ -531,7 +531,7 @@ def test_an_interruption_leaves_nothing_and_one_sentence(moment):
     before = listing()
     with at(moment, "compress", "in.onnx", "in.onnx", *FAST, "--overwrite") as running:
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=30)
+        out, err = running.communicate(timeout=60)
     if running.returncode == 0:
         pytest.skip("it was done before the signal came")
     assert (running.returncode, out) == (130, "")
