@@ -10,12 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from onnxdp import arrays, decisions, environment, frontier, noise, terms, timing, verifier, weights
+from onnxdp import (
+    arrays,
+    decisions,
+    environment,
+    frontier,
+    noise,
+    runtime,
+    sizes,
+    terms,
+    timing,
+    verifier,
+    weights,
+)
 from onnxdp import model as model_file
 from onnxdp.findings import BenchRow, Diagnosis, Frontier, InspectedWeight, Inspection
 from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
 from onnxdp.preparation import probes_for
+from onnxdp.probes import Probes
 from onnxdp.records import (
     Plan,
     Report,
@@ -186,15 +199,25 @@ def verify(
 ) -> Verification:
     """Compare the outputs of two models on probe inputs, or on given ones."""
     first = model_file.serialize(model_file.read(a))
-    made = probes_for(first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
     second = model_file.serialize(model_file.read(b))
     found, noisy = decisions.deciders(first.graph), noise.draws(first)
     sessions = (
         verifier.opened(Path(m) if isinstance(m, str | os.PathLike) else proto, found, noisy=noisy)
         for m, proto in ((a, first), (b, second))
     )
-    reference = verifier.Reference.of(next(sessions), made, found)
+    session = next(sessions)
+    made = _probes(session, first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
+    reference = verifier.Reference.of(session, made, found)
+    del session  # one at a time
     return verifier.compare(reference, next(sessions), made, tolerance=tolerance)
+
+
+def _probes(session: Any, model: Any, settings: Settings) -> Probes:
+    """Make probes for a model that a session runs, or load those that were given."""
+    specs = runtime.input_specs(model)
+    if settings.inputs is None:
+        specs = sizes.fitted(specs, lambda one: runtime.run(session, one.feeds[0]))
+    return probes_for(specs, settings)
 
 
 def bench(

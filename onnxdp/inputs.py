@@ -140,7 +140,7 @@ def _sizes(spec: InputSpec, batch_axis: int | None, sizes: dict[str, int]) -> tu
         if isinstance(d, str):
             terms = [t.strip() for t in d.split("+")]
             for t in terms:
-                sizes.setdefault(t, 0 if "past" in t.lower() else usual)
+                sizes.setdefault(t, int(t) if t.isdigit() else 0 if "past" in t.lower() else usual)
             d = sum(sizes[t] for t in terms)
         found.append(usual if d is None else d)
     if batch_axis is not None:

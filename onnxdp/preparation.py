@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from onnxdp import calibration, normalisation, probes, runtime, stats, weights
+from onnxdp import calibration, normalisation, probes, runtime, sizes, stats, weights
 from onnxdp import model as model_file
 from onnxdp.model import Model
 from onnxdp.network import Network
@@ -65,8 +64,10 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
 
     Returns the weights with their positions, and the probes.
     """
-    first = _one(runtime.input_specs(network.specification), settings)
-    found = counted(found, stats.positions(network, found, first.feeds[0], first.batch))
+    specs, positions = runtime.input_specs(network.specification), stats.counting(network, found)
+    if settings.inputs is None and settings.calibrate is None:
+        specs = sizes.fitted(specs, positions)
+    found = counted(found, positions(_one(specs, settings)))
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     most = min(most, max(_DENSE, _TIMES * max(_needed(w) for w in found.weights)))
@@ -74,7 +75,7 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     widest = max((4 * w.positions * w.groups * w.outputs for w in found.weights), default=0)
     batch = min(probes.BATCH, max(1, FED // max(widest, 1)))
     made = probes_for(
-        network.specification,
+        specs,
         settings,
         network,
         usual=usual,
@@ -95,6 +96,8 @@ def _passed(network: Network, found: Found) -> float:
 
 def _needed(weight: Weight) -> int:
     """Return the samples that give the rows a weight is fitted on."""
+    if weight.op in weights.TABLES:
+        return 1  # it is seen whole in each
     return -(-stats.rows_wanted(weight) // max(weight.positions, 1))
 
 
@@ -151,7 +154,7 @@ def _carried(made: Probes, network: Network) -> Probes:
 
 
 def probes_for(
-    proto: Any,
+    specs: Sequence[InputSpec],
     settings: Settings,
     network: Network | None = None,
     *,
@@ -161,13 +164,12 @@ def probes_for(
     steady: bool = False,
     batch: int = probes.BATCH,
 ) -> Probes:
-    """Make probes for a model, or load those that were given; a network tells their range and picks them.
+    """Make probes, or load those that were given; a network tells their range and picks them.
 
     Beside few real inputs, made-up ones in the same range fill up to :data:`calibration.ENOUGH`. Weights of
     thousands of inputs need their number (ResNet-18, 32 real: a tenth less error with 32 more), small ones
     lose little by them (ResNet-20, 64 real: 3 % with 64 more; 11 % with 704, beside which they hardly count).
     """
-    specs = runtime.input_specs(proto)
     if settings.inputs is not None:
         return probes.load(settings.inputs, specs)
     samples = settings.samples or usual
@@ -195,7 +197,7 @@ def probes_for(
     return real.join(made) if real.fits(made) else real
 
 
-def _one(specs: list[InputSpec], settings: Settings) -> Probes:
+def _one(specs: Sequence[InputSpec], settings: Settings) -> Probes:
     """Return one sample, of the sizes that all will have."""
     if settings.inputs is not None:
         return probes.load(settings.inputs, specs)

@@ -7,7 +7,7 @@ than H W.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxdp.network import Network, bias_input
 from onnxdp.pieces import Stream
+from onnxdp.probes import Probes
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
 
@@ -158,18 +159,24 @@ def _sampled(
     return rows, np.concatenate(alike, axis=1) if len(alike) == len(shown) else None
 
 
-def positions(network: Network, found: Found, feed: Mapping[str, Array], samples: int) -> dict[str, int]:
-    """Count the output positions of one sample that each weight multiplies (absent where none is seen)."""
+def counting(network: Network, found: Found) -> Callable[[Probes], dict[str, int]]:
+    """Return what counts the output positions of one sample of the first feed that each weight multiplies.
+
+    Weights that nothing is seen to feed are absent.
+    """
     taps = {w.name: _taps(found, w) for w in found.weights}
     wanted = sorted({t.source for group in taps.values() for t in group})
-    if not wanted:
-        return {}
-    outputs = network.run(network.session(wanted), feed, wanted, {})
-    return {
-        w.name: sum(t.count(w, outputs[t.source].shape) for t in taps[w.name]) // samples
-        for w in found.weights
-        if taps[w.name]
-    }
+    session = network.session(wanted or network.outputs)
+
+    def positions(probes: Probes) -> dict[str, int]:
+        outputs = network.run(session, probes.feeds[0], wanted or network.outputs, {})
+        return {
+            w.name: sum(t.count(w, outputs[t.source].shape) for t in taps[w.name]) // probes.batch
+            for w in found.weights
+            if taps[w.name]
+        }
+
+    return positions
 
 
 @dataclass(frozen=True, slots=True)

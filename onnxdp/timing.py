@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxdp import archives, model, probes, runtime
+from onnxdp import archives, model, probes, runtime, sizes
 from onnxdp.errors import ModelError, SetupError
 from onnxdp.findings import BenchRow
 from onnxdp.records import Array
@@ -67,22 +67,23 @@ def bench(
         There is no ONNX Runtime, or a measuring process died.
     """
     files = [Path(p) for p in paths]
-    sizes = [model.read(f).nbytes for f in files]
-    feed = _feed(files[0], inputs, seed)
+    nbytes = [model.read(f).nbytes for f in files]
+    sessions = [runtime.session(files[0], threads=threads)]
+    feed = _feed(files[0], sessions[0], inputs, seed)
     for file in files[1:]:
         _check_inputs(file, feed)
-    sessions = [runtime.session(f, threads=threads) for f in files]
+        sessions.append(runtime.session(file, threads=threads))
     fresh = _fresh(files, feed, threads, progress)
     times = take_turns(sessions, feed, repeat, progress)
     ratios = np.median(times / times[:, :1], axis=0)
     return tuple(
         BenchRow(
             path=str(paths[i]),
-            nbytes=sizes[i],
+            nbytes=nbytes[i],
             load_seconds=fresh[i][0],
             latency=(float(times[:, i].min()), float(np.median(times[:, i])), float(times[:, i].max())),
             peak_memory_bytes=fresh[i][1],
-            nbytes_ratio=sizes[i] / sizes[0],
+            nbytes_ratio=nbytes[i] / nbytes[0],
             load_ratio=fresh[i][0] / fresh[0][0],
             latency_ratio=float(ratios[i]),
             peak_memory_ratio=_ratio(fresh[i][1], fresh[0][1]),
@@ -136,12 +137,13 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _feed(file: Path, inputs: Path | None, seed: int) -> Mapping[str, Array]:
-    """Give one sample for the model in ``file``."""
+def _feed(file: Path, session: Any, inputs: Path | None, seed: int) -> Mapping[str, Array]:
+    """Give one sample for the model in ``file``, which ``session`` runs."""
     specs = runtime.input_specs(onnx.load(file, load_external_data=False))
     if inputs is not None:
         return probes.load(inputs, specs).rebatch(1).feeds[0]
-    return probes.make(specs, samples=1, seed=seed, batch=1).feeds[0]
+    fitted = sizes.fitted(specs, lambda one: runtime.run(session, one.feeds[0]))
+    return probes.make(fitted, samples=1, seed=seed, batch=1).feeds[0]
 
 
 def _check_inputs(file: Path, feed: Mapping[str, Array]) -> None:

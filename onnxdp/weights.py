@@ -54,8 +54,18 @@ _STORED = {
     "RNN": (1, 2),
     "Gather": (0,),
     "Einsum": (0, 1),
+    "Add": (0, 1),
+    "Sub": (0, 1),
 }
 """Operators that hold trained weights in another shape: they may change their storage type only."""
+
+
+TABLES = ("Add", "Sub")
+"""Operators that take, every time, all of a table with a row for each place: positions, a mean picture."""
+_TABLE = 4096
+"""Numbers of a table at least."""
+_GRID = 4
+"""Numbers for each distinct one from which they are a grid (anchors of boxes, a mask), to be kept exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,9 @@ def find(model: ir.Model) -> Found:
             )
         elif value.is_graph_output():
             refusal = "is also a graph output"
-        elif not refusal and _exceeds_float32(tensor):
+        elif not refusal and any(r.node.op_type in TABLES for r in readers):
+            refusal = _no_table(tensor, readers)
+        if not refusal and _exceeds_float32(tensor):
             refusal = "holds numbers that float32 does not, in which weights are decoded"
         if refusal or weight is None:
             kept.append(Kept(name, refusal or "has no reader", tensor.nbytes))
@@ -260,6 +272,19 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
         for node in graph:
             if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
                 yield node.outputs[0]
+
+
+def _no_table(tensor: ir.TensorProtocol, readers: Sequence[Reader]) -> str | None:
+    """Say why what is added, or subtracted, is no trained table."""
+    op = next(r.node.op_type for r in readers if r.node.op_type in TABLES)
+    if tensor.size < _TABLE or sum(d > 1 for d in tensor.shape.numpy()) < 2:
+        return f"is read by {op}, and is no table of {_TABLE:,} numbers or more"
+    values = tensor.numpy()
+    if not np.isfinite(values).all():
+        return f"is read by {op}, and masks by infinity"
+    if np.unique(values).size * _GRID <= tensor.size:
+        return f"is read by {op}, and holds few different numbers, as grids and masks do"
+    return None
 
 
 def _exceeds_float32(tensor: ir.TensorProtocol) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from onnxdp import calibration, model, normalisation, preparation, probes, weights
+from onnxdp import calibration, model, normalisation, preparation, probes, runtime, weights
 from onnxdp.errors import SetupError, UsageError
 from onnxdp.network import Network
 from onnxdp.pictures import draw
@@ -293,7 +293,9 @@ def test_made_up_pictures_fill_up_in_the_range_of_the_real_ones(tmp_path: Path) 
     for count, expected in ((48, (48, 80)), (160, ())):
         np.save(tmp_path / "x.npy", pictures[:count])
         settings = Settings(calibrate=tmp_path / "x.npy")
-        found = preparation.probes_for(network.specification, settings, network, usual=192)
+        found = preparation.probes_for(
+            runtime.input_specs(network.specification), settings, network, usual=192
+        )
         assert found.parts == expected and found.samples == (128 if expected else 160)
         x = whole(found, "new")
         assert x.min() >= 0 and x.max() <= 1

@@ -111,8 +111,35 @@ def test_weights_without_one_matrix_may_change_their_type_only(case):
     assert rewriting.FORMS["dp"].supports(w) and rewriting.FORMS["float16"].supports(w) is None
 
 
+@pytest.mark.parametrize("op", ["Add", "Sub"])
+def test_tables_that_are_added_are_weights_and_grids_biases_and_masks_are_not(op):
+    """Positions are learned or sines; anchors of boxes lie on a grid, and masks hold two numbers."""
+    wave = np.arange(128)[:, None] / 10000 ** (np.arange(64) / 64)
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 64, dtype=np.float32)] * 2), -1).reshape(1, -1, 2)
+    cases = {
+        "learned": draw(RNG, 1, 128, 64),
+        "sines": np.sin(wave).astype(np.float32),
+        "grid": grid,
+        "small": draw(RNG, 63, 65),
+        "bias": draw(RNG, 1, 8192),
+        "mask": np.triu(np.full((128, 128), -1e4, np.float32), 1),
+        "infinite": np.where(np.tri(128, dtype=bool), draw(RNG, 128, 128), np.float32(-np.inf)),
+    }
+    found = {
+        name: found_in(f"y = {op}(x, W)", {"W": table}, inputs="float[] x", opset=13)
+        for name, table in cases.items()
+    }
+    assert {n for n, f in found.items() if f.weights} == {"learned", "sines"}
+    assert all(f.weights[0].op == op for n, f in found.items() if f.weights)
+    said = {n: f.kept[0].reason for n, f in found.items() if f.kept}
+    assert "few different numbers" in said["grid"] and "few different numbers" in said["mask"]
+    assert "no table of 4,096" in said["small"] and "no table of 4,096" in said["bias"]
+    assert "infinity" in said["infinite"]
+
+
 KEPT = {
-    "is read by Add": ("y = Add(x, W)", {}),
+    "is read by Mul": ("y = Mul(x, W)", {}),
+    "is read by Add, and is no table": ("y = Add(x, W)", {}),
     "has no reader": ("y = Relu(x)", {}),
     "graph output": ("y = Relu(x) V = MatMul(x, W)", {"outputs": "float[] y, float[9,9] W"}),
     "--freeze-initializers": ("y = MatMul(x, W)", {"inputs": "float[N,8,9,9] x, float[9,9] W"}),

@@ -25,6 +25,8 @@ def is_matrix(weight: Weight) -> bool:
 def _axes(weight: Weight) -> tuple[int, ...]:
     """Return the axes along which a weight that is no matrix has steps of its own."""
     axes = _PER_ROW.get(weight.op, (0,))
+    if weight.op in weights.TABLES:  # channels differ in size, as sines of positions do
+        axes = (len(weight.shape) - 1,)
     return axes if len(weight.shape) > len(axes) else ()
 
 
