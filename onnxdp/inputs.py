@@ -13,6 +13,8 @@ Dim = int | str | None
 
 _STATE = re.compile(r"(^|[^a-z])([hc]_?[0nx]|(?<!hidden_)states?|caches?|past|memory)($|[^a-z])")
 MASK = re.compile(r"mask|valid|padding")
+CACHE = re.compile(r"(^|[^a-z])past([^a-z]|$)")
+USE_CACHE = re.compile(r"use_?cache")
 RATE = re.compile(r"^(sr|fs|sample_?rate|sampling_?rate)$")
 LENGTH = re.compile(r"len(gth)?s?$")
 TOKEN_TYPE = re.compile(r"token_?type|segment")
@@ -92,10 +94,12 @@ class Layout:
         axes = {s.name: lead if s is main else _batch_axis(s, free, lead) for s in specs}
         fixed = [d for s in specs if (a := axes[s.name]) is not None and isinstance(d := s.shape[a], int)]
         sizes: dict[str, int] = {}
-        shapes = {s.name: _sizes(s, axes[s.name], sizes) for s in ranked}
+        shapes = {main.name: _sizes(main, lead, sizes)}
         rest = [i for i in range(len(main.shape)) if i != lead]
         along = next((i for i in rest if not isinstance(main.shape[i], int)), rest[0] if rest else None)
         length = 1 if along is None else shapes[main.name][along]
+        past = _TOKENS - 1 if main.kind == "ids" and length == 1 else 0  # one alone has nothing to attend to
+        shapes |= {s.name: _sizes(s, axes[s.name], sizes, past) for s in ranked[1:]}
         dynamic = lead is not None and not fixed
         size = batch if dynamic else max(fixed, default=1)
         return cls(main.name, size, dynamic, MappingProxyType(axes), MappingProxyType(shapes), length)
@@ -125,8 +129,8 @@ def _batch_axis(spec: InputSpec, free: Dim, lead: int | None) -> int | None:
     return 0 if first == free else None
 
 
-def _sizes(spec: InputSpec, batch_axis: int | None, sizes: dict[str, int]) -> tuple[int, ...]:
-    """Size of every axis of one sample; new symbols are entered into ``sizes``."""
+def _sizes(spec: InputSpec, batch_axis: int | None, sizes: dict[str, int], past: int = 0) -> tuple[int, ...]:
+    """Size of every axis of one sample, ``past`` where it counts what came before it; symbols are entered."""
     shape = list(spec.shape)
     if batch_axis is not None and not isinstance(shape[batch_axis], int):
         shape[batch_axis] = 1
@@ -140,7 +144,7 @@ def _sizes(spec: InputSpec, batch_axis: int | None, sizes: dict[str, int]) -> tu
         if isinstance(d, str):
             terms = [t.strip() for t in d.split("+")]
             for t in terms:
-                sizes.setdefault(t, int(t) if t.isdigit() else 0 if "past" in t.lower() else usual)
+                sizes.setdefault(t, int(t) if t.isdigit() else past if "past" in t.lower() else usual)
             d = sum(sizes[t] for t in terms)
         found.append(usual if d is None else d)
     if batch_axis is not None:

@@ -1,7 +1,8 @@
 """Inputs that nobody has to bring, made up from names, shapes and a seed; or read from the user's file.
 
 Pictures are things before textured dead leaves (:mod:`onnxdp.pictures`), ids are texts of made-up words
-(:mod:`onnxdp.texts`), masks are ones, recurrent states zeros, everything else noise (:mod:`onnxdp.signals`).
+(:mod:`onnxdp.texts`), masks are ones, recurrent states zeros, cached keys and values white noise, everything
+else signals (:mod:`onnxdp.signals`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from onnxdp.answers import Answers, diversity, pick
 from onnxdp.arrays import ahead, side_by_side
 from onnxdp.errors import UsageError
 from onnxdp.inputs import (
+    CACHE,
     LENGTH,
     POSITION,
     RATE,
     RATE_HZ,
     TOKEN_TYPE,
+    USE_CACHE,
     VOCABULARY,
     InputSpec,
     Layout,
@@ -412,6 +415,10 @@ def _numbers(
         value = RATE_HZ if RATE.match(low) else length if LENGTH.search(low) else 1
     elif spec.kind == "ids" and TOKEN_TYPE.search(low):
         value = 0
+    elif USE_CACHE.search(low):
+        value = 0  # all weights are used where nothing is cached
+    elif spec.kind == "state" and CACHE.search(low):
+        value = None  # nothing is attended to among keys that are all zero
     if value is not None:
         return lambda i: np.full(shape, value, dtype)
     if spec.kind == "ids" and POSITION.search(low):
@@ -421,7 +428,9 @@ def _numbers(
 
     def one(i: int) -> Array:
         rng = np.random.Generator(np.random.PCG64([seed, k, i]))
-        made = texts.draw(shape, most, rng) if spec.kind == "ids" else signals.draw(shape, rng)
+        if spec.kind == "ids":
+            return texts.draw(shape, most, rng).astype(dtype)
+        made = rng.standard_normal(shape) if spec.kind == "state" else signals.draw(shape, rng)
         return made.astype(dtype)
 
     return one

@@ -116,6 +116,30 @@ def test_values_by_name() -> None:
     assert feed["ids"].min() == 0 and feed["ids"].max() == 49  # 640 draws miss an end with p < 1e-5
 
 
+def test_cached_keys_are_there_to_be_attended_to() -> None:
+    """A decoder of one token at a time has some before it; one of many tokens caches none."""
+
+    def shapes(length: int | str) -> tuple[dict[str, tuple[int, ...]], Mapping[str, Array]]:
+        past = f"past_sequence_length + {length}"
+        inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {
+            "input_ids": ("int64", ("batch", length)),
+            "attention_mask": ("int64", ("batch", past)),
+            "past_key_values.0.decoder.key": ("float32", ("batch", 2, "past_sequence_length", 8)),
+            "past_key_values.0.encoder.key": ("float32", ("batch", 2, "encoder_sequence_length", 8)),
+            "use_cache_branch": ("bool", (1,)),
+        }
+        probes = make([InputSpec(n, *i) for n, i in inputs.items()], samples=4, seed=0)
+        return {n: x.shape[1:] for n, x in probes.feeds[0].items()}, probes.feeds[0]
+
+    one, feed = shapes(1)
+    assert one["past_key_values.0.decoder.key"] == (2, 31, 8) and one["attention_mask"] == (32,)
+    for key in ("past_key_values.0.decoder.key", "past_key_values.0.encoder.key"):
+        assert 0.9 < feed[key].std() < 1.1
+    assert not feed["use_cache_branch"].any() and feed["attention_mask"].all()
+    many, _ = shapes("sequence_length")
+    assert many["past_key_values.0.decoder.key"] == (2, 0, 8) and many["attention_mask"] == (32,)
+
+
 def test_another_seed_gives_other_inputs() -> None:
     for spec in (PICTURE, IDS, InputSpec("z", "float32", ("batch", 7))):
         a, b = (whole(make([spec], samples=4, seed=s), spec.name) for s in (0, 1))
