@@ -200,22 +200,21 @@ def verify(
     """Compare the outputs of two models on probe inputs, or on given ones."""
     first = model_file.serialize(model_file.read(a))
     second = model_file.serialize(model_file.read(b))
-    found, noisy = decisions.deciders(first.graph), noise.draws(first)
-    sessions = (
-        verifier.opened(Path(m) if isinstance(m, str | os.PathLike) else proto, found, noisy=noisy)
-        for m, proto in ((a, first), (b, second))
+    found, noisy = decisions.decisions(first), noise.draws(first)
+    left, right = (
+        Path(m) if isinstance(m, str | os.PathLike) else proto for m, proto in ((a, first), (b, second))
     )
-    session = next(sessions)
-    made = _probes(session, first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
-    reference = verifier.Reference.of(session, made, found)
-    del session  # one at a time
-    return verifier.compare(reference, next(sessions), made, tolerance=tolerance)
+    made = _probes(left, first, Settings(inputs=inputs, samples=samples or 16, seed=seed))
+    reference = verifier.Reference.of(verifier.opened(left, found, noisy=noisy), made, found)
+    other = verifier.followed(right, found, noisy=noisy)
+    return verifier.compare(reference, other, made, tolerance=tolerance)
 
 
-def _probes(session: Any, model: Any, settings: Settings) -> Probes:
-    """Make probes for a model that a session runs, or load those that were given."""
-    specs = runtime.input_specs(model)
-    if settings.inputs is None:
+def _probes(model: Any, proto: Any, settings: Settings) -> Probes:
+    """Make probes for a model that ONNX Runtime reads from ``model``, or load those that were given."""
+    specs = runtime.input_specs(proto)
+    if settings.inputs is None and sizes.free(specs):
+        session = runtime.session(model)
         specs = sizes.fitted(specs, lambda one: runtime.run(session, one.feeds[0]))
     return probes_for(specs, settings)
 

@@ -3,15 +3,20 @@
 Numbers decide how many detections NonMaxSuppression leaves: one box more or less, and two such outputs cannot
 be compared. Classes that ArgMax names stay what they are, or become quite others. Sequences and maps are no
 tensors. What can be compared are the floats before the first operator that selects, decides or bundles.
+
+What comes after a selection can be compared where both networks select the same: in a copy that is only
+measured the original's selection is fed to the other network, row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxdp import walk
 from onnxdp.records import Array
@@ -54,51 +59,140 @@ MOST = 256_000_000
 
 
 class Instead(NamedTuple):
-    """The tensors that are looked at in an output's place, where it turns out to say little or ``always``.
+    """The tensors that are looked at in an output's place, where it turns out to say little.
 
-    ``inner`` are those that are no outputs.
+    ``inner`` are those that are no outputs; ``behind`` says that the output lies behind what is held, and so
+    says as much as they do of all that comes after.
     """
 
     tensors: tuple[str, ...]
     inner: tuple[str, ...]
-    always: bool = False
+    behind: bool = False
 
 
-Deciders: TypeAlias = Mapping[str, Instead]
-"""By output."""
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What a network decides by its numbers.
+
+    Attributes
+    ----------
+    outputs : mapping of str to Instead
+        What decides the outputs that may say little.
+    held : tuple of str
+        Selections of the outermost graph. Fed to another form of the network, they keep rows comparable.
+    shown : set of str
+        Those of them that are outputs.
+    """
+
+    outputs: Mapping[str, Instead] = field(default_factory=lambda: MappingProxyType({}))
+    held: tuple[str, ...] = ()
+    shown: Set[str] = frozenset()
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor to be given beside the outputs, once."""
+        inner = (name for instead in self.outputs.values() for name in instead.inner)
+        return list(dict.fromkeys((*inner, *(n for n in self.held if n not in self.shown))))
 
 
-def deciders(graph: GraphProto) -> dict[str, Instead]:
-    """Name what decides each output that is no float, or lies behind an operator that selects by value.
+def decisions(model: ModelProto) -> Decisions:
+    """Find what decides each output that is no float, or lies behind an operator that selects by value.
 
     What follows from sizes alone (NonZero of a ConstantOfShape counts up, in old exports) selects nothing.
-    NonMaxSuppression sorts what it leaves: as many boxes may still be others, row by row.
     """
+    graph = model.graph
+    reads = [walk.reads(node) for node in graph.node]
     moved = {v.name for v in graph.input} - {t.name for t in graph.initializer}  # follow from the inputs
-    made: dict[str, NodeProto] = {}
-    loose: dict[str, NodeProto] = {}  # of a shape that values decide, by the node that makes it
-    for node in graph.node:
-        names = {name: node for name in node.output if name}
-        reads = walk.reads(node)
+    made: dict[str, int] = {}
+    loose: set[str] = set()  # of a shape that values decide
+    for i, node in enumerate(graph.node):
+        names = dict.fromkeys((name for name in node.output if name), i)
         made |= names
-        if node.op_type in ("Shape", "Size") or not reads & moved:
+        if node.op_type in ("Shape", "Size") or not reads[i] & moved:
             continue
         moved |= names.keys()
-        if reads & loose.keys() or _selects(node, moved):
-            loose |= names
-    firm = moved & (made.keys() - loose.keys())
-    found = {}
-    for output in graph.output:
-        behind, sorted_ = {output.name}, False
-        if output.name in loose:
-            behind, sorted_ = _behind(output.name, loose, firm)
-        elif output.name not in firm or output.type.tensor_type.elem_type in _UNASKED:
-            continue
-        roots = {root for name in behind for root in _roots(name, made, firm)}
-        if roots - {output.name}:
-            inner = roots - {o.name for o in graph.output}
-            found[output.name] = Instead(tuple(sorted(roots)), tuple(sorted(inner)), sorted_)
-    return found
+        if reads[i] & loose or _selects(node, moved):
+            loose |= names.keys()
+    asked = [
+        o.name
+        for o in graph.output
+        if o.name in loose or (o.name in moved & made.keys() and o.type.tensor_type.elem_type not in _UNASKED)
+    ]
+    if not asked:
+        return Decisions()
+    way = _Way(graph.node, reads, made, moved & made.keys() - loose, loose, walk.types(model))
+    own = {o.name for o in graph.output}
+    found, held = {}, way.held()
+    for name in asked:
+        roots = way.roots(way.behind(name) if name in loose else {name})
+        if roots - {name}:
+            behind = name in loose and bool(held)
+            found[name] = Instead(tuple(sorted(roots)), tuple(sorted(roots - own)), behind)
+    return Decisions(found, held, own.intersection(held))
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The nodes of a graph, gone back along: what each reads, and which makes a tensor."""
+
+    nodes: Sequence[NodeProto]
+    reads: Sequence[Set[str]]
+    made: Mapping[str, int]
+    firm: Set[str]
+    """Tensors that follow from the inputs, of a shape that no value decides."""
+    loose: Set[str]
+    types: Mapping[str, int]
+
+    def _back(self, names: Iterable[str], among: Set[str]) -> Iterator[int]:
+        """Give every node on the way back from some tensors, through those ``among`` which it goes."""
+        waiting, seen = list(names), set(names)
+        while waiting:
+            i = self.made[waiting.pop()]
+            yield i
+            more = (self.reads[i] & among) - seen
+            seen |= more
+            waiting += more
+
+    def behind(self, output: str) -> set[str]:
+        """Name the firm tensors that the nodes of loose ones read, on any way to an output."""
+        return {n for i in self._back({output}, self.loose) for n in self.reads[i] & self.firm}
+
+    def roots(self, names: Set[str]) -> set[str]:
+        """Name the tensors that decide firm ones: themselves where no decision lies right before them."""
+        found: set[str] = set()
+        waiting, seen = list(names), set(names)
+        while waiting:
+            here = waiting.pop()
+            i = self.made[here]
+            floating = self.types.get(here, TensorProto.FLOAT) in _UNASKED
+            if floating and self.nodes[i].op_type not in _DECIDING | _CARRYING:
+                found.add(here)
+                continue
+            more = (self.reads[i] & self.firm) - seen
+            seen |= more
+            waiting += more
+        return found
+
+    def held(self) -> tuple[str, ...]:
+        """Name what selects by numbers that weights have a part in, and sorts what is selected from."""
+        found: list[str] = []
+        before = {n for name in self.loose for n in self.reads[self.made[name]] & self.firm}
+        first = set(self._back(before, self.firm))  # nodes that give selections what they select from
+        for i, node in enumerate(self.nodes):
+            if node.domain:
+                continue
+            if node.op_type in ("NonMaxSuppression", "NonZero"):
+                told = node.output[0]
+            elif node.op_type == "Compress" and node.input[1] in self.made:
+                told = node.input[1]
+            elif node.op_type == "TopK" and len(node.output) > 1 and i in first:
+                told = node.output[1]
+            else:
+                continue
+            by = self.reads[i]
+            if told in self.firm | self.loose and (by & self.loose or self.roots(by & self.firm)):
+                found.append(told)
+        return tuple(dict.fromkeys(n for n in found if n))
 
 
 def _selects(node: NodeProto, moved: Set[str]) -> bool:
@@ -107,72 +201,63 @@ def _selects(node: NodeProto, moved: Set[str]) -> bool:
     return sized or any(n.op_type in SELECTING | _BUNDLING for n in walk.deep([node]))
 
 
-def _behind(output: str, loose: Mapping[str, NodeProto], firm: Set[str]) -> tuple[set[str], bool]:
-    """Name the firm tensors that the nodes of loose ones read, on any way to an output.
-
-    Says, too, whether one of these nodes sorts what it leaves.
-    """
-    found: set[str] = set()
-    sorts = False
-    waiting, seen = [output], {output}
-    while waiting:
-        node = loose[waiting.pop()]
-        sorts = sorts or any(n.op_type == "NonMaxSuppression" for n in walk.deep([node]))
-        reads = walk.reads(node)
-        found |= reads & firm
-        waiting += (reads & loose.keys()) - seen
-        seen |= reads
-    return found, sorts
+def given(name: str) -> str:
+    """Name the input by which a selection is told."""
+    return f"{name}/held"
 
 
-def _roots(name: str, made: Mapping[str, NodeProto], firm: Set[str]) -> set[str]:
-    """Name the tensors that decide a firm one, itself where no decision lies right before it."""
-    found: set[str] = set()
-    waiting, seen = [name], {name}
-    while waiting:
-        here = waiting.pop()
-        if made[here].op_type in _DECIDING | _CARRYING:
-            reads = walk.reads(made[here]) & firm
-            waiting += reads - seen
-            seen |= reads
-        else:
-            found.add(here)
-    return found
+def hold(model: ModelProto, names: Iterable[str]) -> None:
+    """Let all that reads these selections read inputs of their own; the network still makes its own."""
+    graph, wanted = model.graph, set(names)
+    made = {name: node for node in graph.node for name in node.output if name in wanted}
+    renamed = {name: given(name) for name in made}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        for inner in walk.deep([node]):
+            inner.input[:] = [renamed.get(name, name) for name in inner.input]
+        nodes.append(node)
+        if (
+            node.op_type == "TopK" and node.output[1] in made
+        ):  # its values are those of the rows that are told
+            values, axis = node.output[0], next((a.i for a in node.attribute if a.name == "axis"), -1)
+            rows = [node.input[0], given(node.output[1])]
+            nodes.append(helper.make_node("GatherElements", rows, [given(values)], axis=axis))
+            renamed[values] = given(values)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for name, node in made.items():
+        selects = node.op_type in ("NonMaxSuppression", "NonZero", "TopK")
+        kind = TensorProto.INT64 if selects else TensorProto.BOOL
+        graph.input.append(helper.make_tensor_value_info(given(name), kind, None))
 
 
-def all_of(found: Deciders) -> list[str]:
-    """Name every tensor that decides an output and is none, once."""
-    return list(dict.fromkeys(name for instead in found.values() for name in instead.inner))
-
-
-def few(found: Deciders, answer: Mapping[str, Array], feeds: int) -> Deciders:
+def few(found: Decisions, answer: Mapping[str, Array], feeds: int) -> Decisions:
     """Return those that are there, and small enough to be kept for so many feeds, by one feed's answer."""
-    there = {o: i for o, i in found.items() if answer.keys() >= set(i.tensors)}
-    return {o: i for o, i in there.items() if feeds * sum(answer[n].nbytes for n in i.tensors) <= MOST}
+    there = {o: i for o, i in found.outputs.items() if answer.keys() >= set(i.tensors)}
+    kept = {o: i for o, i in there.items() if feeds * sum(answer[n].nbytes for n in i.tensors) <= MOST}
+    return replace(found, outputs=kept)
 
 
 def replaced(
-    name: str, found: Deciders, answers: Sequence[Mapping[str, Array]], *, unlike: bool = False
+    name: str, found: Decisions, answers: Sequence[Mapping[str, Array]], *, unlike: bool = False
 ) -> tuple[str, ...]:
     """Name what to look at: the output, or in its place the floats that decide it, if there are any.
 
     ``unlike`` says that another network gave another shape.
     """
-    if name not in found or not (found[name].always or unlike or _says_little(name, answers)):
+    instead = found.outputs.get(name)
+    if instead is None:
         return (name,)
-    tensors = found[name].tensors
-    floats = [n for n in tensors if all(n in a and is_floating(a[n]) and a[n].size for a in answers)]
-    return tuple(floats) or (name,)
+    floating = all(is_floating(a[name]) for a in answers)
+    alike = floating and not unlike and len({a[name].shape for a in answers}) == 1
+    if alike and not instead.behind and all(a[name].size for a in answers):
+        return (name,)
+    whole = [n for n in instead.tensors if all(n in a and is_floating(a[n]) for a in answers)]
+    floats = [n for n in whole if all(a[n].size for a in answers)]
+    own = len(whole) < len(instead.tensors) or (instead.behind and floating and not unlike)
+    return tuple(dict.fromkeys((*((name,) if own else ()), *floats))) or (name,)
 
 
 def is_floating(output: object) -> bool:
     """Whether what a session gave is an array of floats: no integers, texts, sequences or maps."""
     return isinstance(output, np.ndarray) and output.dtype.kind == "f"
-
-
-def _says_little(name: str, answers: Sequence[Mapping[str, Array]]) -> bool:
-    """Whether an output is no array of floats, or of another shape from feed to feed, or empty."""
-    if not all(is_floating(a[name]) for a in answers):
-        return True
-    shapes = {a[name].shape for a in answers}
-    return len(shapes) > 1 or any(0 in shape for shape in shapes)

@@ -60,7 +60,7 @@ def frontier(source: Any, each: Sequence[Settings], progress: Progress) -> Front
     seconds = dict(job.seconds)
     path = job.original.path
     session = job.rewriter.opened(path if path is not None else model_file.serialize(job.original))
-    reference = Reference.of(session, job.held_out, job.rewriter.deciders)
+    reference = Reference.of(session, job.held_out, job.rewriter.decisions)
     del session
     started, notices = job.started, tuple(job.notices)
     points = []
@@ -114,7 +114,7 @@ def _measured(job: Job, made: Plan, reference: Reference) -> tuple[File, float]:
 
     def check(at: Path) -> None:
         job.encoder.progress("verifying", 0, 1, "")
-        found = verifier.compare(reference, job.rewriter.opened(at), job.held_out)
+        found = verifier.compare(reference, job.rewriter.followed(at), job.held_out)
         if not found.passed:
             raise VerifyError(
                 "The compressed model's outputs are not finite on the probe inputs; ask for less."

@@ -173,7 +173,7 @@ class Job:
             if known is not None:
                 workshop.restore(known.solved)
             workshop.solve(network, fit, progress)
-        rewriter = Rewriter(model, found, workshop, settings, network.deciders, network.noisy)
+        rewriter = Rewriter(model, found, workshop, settings, network.decisions, network.noisy)
         budget = settings.budget(model.nbytes) if plan is None else plan.budget
         often = bool(also) or (settings.error_target is not None and plan is None)
         job = cls(

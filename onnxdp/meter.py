@@ -30,13 +30,13 @@ class Meter:
         self._probes = probes
         self._halts = network.halts
         outputs = (*before_softmax(network.proto.graph), *network.outputs)
-        names = list(dict.fromkeys((*outputs, *decisions.all_of(network.deciders))))
+        names = list(dict.fromkeys((*outputs, *network.decisions.names)))
         self._session = network.session(names)
-        found = network.deciders
-        if found:
+        found = network.decisions
+        if found.outputs:
             first = network.run(self._session, probes.feeds[0], names, {})
             found = decisions.few(found, first, len(probes.feeds))
-            names = [n for n in names if n in (*outputs, *decisions.all_of(found))]
+            names = [n for n in names if n in (*outputs, *found.names)]
         self._base = [network.run(self._session, f, names, {}) for f in probes.feeds]
         instead = {n: decisions.replaced(n, found, self._base) for n in outputs}
         self.watched, self._judged = (
@@ -95,7 +95,7 @@ class Meter:
         place = self.network.position(weight)
         self._bring(stream, place, before)
         got = (
-            tail.run(place, {**feed, **stream.state(number)}, changes)
+            tail.run(place, {**self.network.complete(feed), **stream.state(number)}, changes)
             for number, feed in enumerate(self._probes.feeds)
         )
         return self._compare(got)[0]

@@ -5,6 +5,7 @@ Nothing is copied per candidate, and the weights stay mapped from their file.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -73,8 +74,14 @@ class Network:
         if self.noisy:
             noise.settle(self.proto)
         self.specification = _without_inputs(self.proto, self.fed)
+        self.decisions = decisions.decisions(self.specification)
+        self._selecting: onnx.ModelProto | None = None  # as it selects by itself
+        if self.decisions.held:
+            self._selecting = onnx.ModelProto()
+            self._selecting.CopyFrom(self.proto)
+            decisions.hold(self.proto, self.decisions.held)
+        self._selected: dict[bytes, dict[str, Array]] = {}
         self._threads, self._provider = threads, provider
-        self.deciders: decisions.Deciders = decisions.deciders(self.specification.graph)
         self.outputs = [o.name for o in self.proto.graph.output]
         self._made_at = {name: i for i, node in enumerate(self.proto.graph.node) for name in node.output}
         self._laid_out = sum(a.nbytes for a in self.fed.values()) <= LAID_OUT
@@ -104,7 +111,29 @@ class Network:
         self, session: Any, feed: Mapping[str, Array], outputs: Sequence[str], changes: Changes
     ) -> dict[str, Array]:
         """Run one feed with some of the weights changed."""
-        return runtime.run(session, {**self.fed, **feed, **changes}, outputs)
+        return runtime.run(session, {**self.fed, **self.complete(feed), **changes}, outputs)
+
+    def complete(self, feed: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return a feed with what the network selects, by its own weights, where that is held."""
+        held = self.decisions.held
+        if self._selecting is None or decisions.given(held[0]) in feed:
+            return feed
+        digest = hashlib.blake2b()
+        for name in sorted(feed):
+            digest.update(np.ascontiguousarray(feed[name]).tobytes())
+        key = digest.digest()
+        if key not in self._selected:
+            made = runtime.run(self._selector(), {**self.fed, **feed}, held)
+            self._selected[key] = {decisions.given(n): x for n, x in made.items()}
+        return {**feed, **self._selected[key]}
+
+    @cache  # noqa: B019  it lives as long as the network
+    def _selector(self) -> Any:
+        assert self._selecting is not None
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._selecting)
+        _set_outputs(proto.graph, self.decisions.held)
+        return self._session(proto, self.decisions.held)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
         """Return a function that gives the scores of the classes, where the network has one such output.
@@ -137,7 +166,7 @@ class Network:
             return self.segment(0, None, {}, outputs, self.fed)
 
         def run(feed: Mapping[str, Array]) -> dict[str, Array]:
-            everything = {**self.fed, **feed}
+            everything = {**self.fed, **self.complete(feed)}
             return runtime.run(
                 session(), {i.name: everything[i.name] for i in session().get_inputs()}, outputs
             )
@@ -159,7 +188,7 @@ class Network:
 
     def alive(self, position: int) -> list[str]:
         """Name the tensors made before ``position`` that are read from there on, or are outputs."""
-        later = {*self.outputs, *decisions.all_of(self.deciders)}.union(*self._reads[position:])
+        later = {*self.outputs, *self.decisions.names}.union(*self._reads[position:])
         return sorted(n for n in later if n and self._made_at.get(n, position) < position)
 
     def readers(self, name: str) -> int:

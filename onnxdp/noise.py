@@ -6,68 +6,113 @@ it would give is worked out from the place of each number instead.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from onnxdp import walk
 
-_DRAWING = frozenset(("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"))
+_DRAWING = frozenset(("Bernoulli", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"))
+_LARGEST = 1 << 31
+"""Numbers of one draw from which it is left to ONNX Runtime, which refuses it."""
+_APART = 389
+"""Places between where one draw starts and the next."""
+_OPEN = 1e-6
+"""What numbers keep away from either end of their range: their logarithm may be taken."""
 
 
 def draws(model: ModelProto) -> bool:
     """Whether a network draws numbers that can be told beforehand."""
-    return any(node.op_type in _DRAWING for node in walk.deep(walk.top_nodes(model)))
+    return any(_draws(node) for node in walk.deep(walk.top_nodes(model)))
 
 
 def settle(model: ModelProto) -> None:
-    """Put in the place of what is drawn numbers of the same mean and deviation, the same in every run."""
-    opset = max((o.version for o in model.opset_import if not o.domain or o.domain == "ai.onnx"), default=1)
-    _settle(model.graph, opset)
+    """Put in the place of what is drawn numbers of the same mean and deviation, the same in every run.
+
+    What is no draw that ONNX knows is left as it is.
+    """
+    if not draws(model):
+        return
+    numbers = itertools.count()  # names would not do: a compressed form has others
+    _settle(model.graph, _opset(model), walk.types(model), numbers)
+    for function in model.functions:
+        _settle(function, _opset(function), {}, numbers)
 
 
-def _settle(graph: GraphProto, opset: int) -> None:
+def _opset(holder: ModelProto | FunctionProto) -> int:
+    return max((o.version for o in holder.opset_import if o.domain in _STANDARD), default=1)
+
+
+_STANDARD = ("", "ai.onnx")
+
+
+def _draws(node: NodeProto) -> bool:
+    return node.op_type in _DRAWING and node.domain in _STANDARD
+
+
+def _settle(
+    holder: GraphProto | FunctionProto, opset: int, types: Mapping[str, int], numbers: Iterator[int]
+) -> None:
     nodes: list[NodeProto] = []
-    for node in graph.node:
+    for node in holder.node:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                _settle(inner, opset)
-        nodes += _settled(node, opset) if node.op_type in _DRAWING else [node]
-    if any(node.op_type in _DRAWING for node in graph.node):
-        del graph.node[:]
-        graph.node.extend(nodes)
+                _settle(inner, opset, {}, numbers)
+        nodes += (_settled(node, opset, types, next(numbers)) if _draws(node) else None) or [node]
+    if len(nodes) > len(holder.node):
+        del holder.node[:]
+        holder.node.extend(nodes)
 
 
-def _settled(node: NodeProto, opset: int) -> list[NodeProto]:
-    """Return nodes that spread numbers evenly: the fraction of a thousand times the sine of each place."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    low, high = given.get("low", 0.0), given.get("high", 1.0)
+def _settled(node: NodeProto, opset: int, types: Mapping[str, int], number: int) -> list[NodeProto] | None:
+    """Return nodes that spread numbers evenly: the fraction of a thousand times the sine of each place.
+
+    Every draw of a network starts at a place of its own. None where an attribute, or the type, is not known.
+    """
+    try:
+        told = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        low, high = float(told.get("low", 0.0)), float(told.get("high", 1.0))
+        mean, deviation = float(told.get("mean", 0.0)), float(told.get("scale", 1.0))
+        given = [int(d) for d in told.get("shape", ())]
+    except (TypeError, ValueError):  # a reference to an attribute of a function, or of another type
+        return None
     if "Normal" in node.op_type:
-        reach = math.sqrt(3.0) * given.get("scale", 1.0)
-        low, high = given.get("mean", 0.0) - reach, given.get("mean", 0.0) + reach
+        low, high = mean - math.sqrt(3.0) * deviation, mean + math.sqrt(3.0) * deviation
+    like = list(node.input)[:1] if node.op_type not in ("RandomNormal", "RandomUniform") else None
+    kind = told.get("dtype", 1 if like is None else types.get(like[0], 0) if like else 0)
+    if opset < 11 or (like is None and "shape" not in told) or like == [] or like == [""]:
+        return None  # Range is of opset 11
+    if math.prod(given) >= _LARGEST or not (kind or opset >= 15):
+        return None
     made: list[NodeProto] = []
 
     def add(op: str, *inputs: str, **attributes: Any) -> str:
-        name = f"{node.output[0]}/{len(made)}"
+        name = f"drawn for {node.output[0]}/{len(made)}"
         made.append(helper.make_node(op, inputs, [name], **attributes))
         return name
 
     def constant(value: object, dtype: type = np.float32) -> str:
         return add("Constant", value=numpy_helper.from_array(np.asarray(value, dtype)))
 
-    like = node.op_type.endswith("Like")
-    shape = add("Shape", node.input[0]) if like else constant(given["shape"], np.int64)
-    count = add("Size", node.input[0]) if like else constant(math.prod(given["shape"]), np.int64)
-    places = add("Cast", add("Range", constant(0, np.int64), count, constant(1, np.int64)), to=1)
+    def cast(value: str) -> str:
+        return add("Cast", value, to=kind) if kind else add("CastLike", value, like[0] if like else "")
+
+    shape = add("Shape", like[0]) if like else constant(given, np.int64)
+    count = add("Size", like[0]) if like else constant(math.prod(given), np.int64)
+    counted = add("Range", constant(0, np.int64), count, constant(1, np.int64))
+    places = add("Add", add("Cast", counted, to=1), constant(1 + number * _APART % 997))
     far = add("Mul", add("Sin", add("Mul", places, constant(12.9898))), constant(1000.0))
     share = add("Sub", far, add("Floor", far))
-    spread = add("Add", add("Mul", share, constant(high - low)), constant(low))
+    inner = _OPEN * (high - low)
+    spread = add("Add", add("Mul", share, constant(high - low - 2 * inner)), constant(low + inner))
     shaped = add("Reshape", spread, shape)
-    if like and "dtype" not in given and opset >= 15:
-        add("CastLike", shaped, node.input[0])
-    else:
-        add("Cast", shaped, to=given.get("dtype", 1))
+    if node.op_type == "Bernoulli":
+        likely = add("Cast", node.input[0], to=1)
+        shaped = add("Less", shaped, likely)
+    cast(shaped)
     made[-1].output[0] = node.output[0]
     return made

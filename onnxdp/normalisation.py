@@ -38,7 +38,7 @@ def misfit(network: Network) -> Misfit | None:
     reads = {i.name for i in session.get_inputs()} if session is not None else set()
 
     def tensors(feed: Mapping[str, Array]) -> Mapping[str, Array]:
-        given = {n: x for n, x in {**network.fed, **feed}.items() if n in reads}
+        given = {n: x for n, x in {**network.fed, **network.complete(feed)}.items() if n in reads}
         return {**feed, **runtime.run(session, given, wanted)} if session is not None else feed
 
     def measured(feeds: Sequence[Mapping[str, Array]]) -> float:

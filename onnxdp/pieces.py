@@ -40,7 +40,7 @@ class Stream:
 
     def __init__(self, network: Network, probes: Probes, cap: int = HELD) -> None:
         self._network = network
-        self._given = probes.feeds
+        self._given = [network.complete(feed) for feed in probes.feeds]
         self._batch = probes.batch
         self._cap = cap
         self._changes: Changes = {}

@@ -10,9 +10,9 @@ from typing import Any
 
 from onnx import ModelProto
 
-from onnxdp import decisions, runtime, timing, verifier, walk, weights
 from onnxdp import model as model_file
-from onnxdp.decisions import Deciders
+from onnxdp import runtime, timing, verifier, walk, weights
+from onnxdp.decisions import Decisions
 from onnxdp.encoding import Workshop
 from onnxdp.errors import VerifyError
 from onnxdp.model import Model
@@ -38,7 +38,7 @@ class Rewriter:
     found: Found
     workshop: Workshop
     settings: Settings
-    deciders: Deciders
+    decisions: Decisions
     """What decides outputs that say little; these tensors keep their names."""
     noisy: bool
     """Whether the model draws random numbers."""
@@ -58,7 +58,11 @@ class Rewriter:
 
     def opened(self, model: ModelProto | Path) -> Any:
         """Make a session whose answers can be compared with those of another form of the model."""
-        return verifier.opened(model, self.deciders, noisy=self.noisy)
+        return verifier.opened(model, self.decisions, noisy=self.noisy)
+
+    def followed(self, model: ModelProto | Path) -> Any:
+        """Make a session of a compressed form, which takes what the original selects."""
+        return verifier.followed(model, self.decisions, noisy=self.noisy)
 
     def rewritten(self, encoded: Sequence[Encoded], shifts: Mapping[str, Array]) -> Model:
         """Return a copy that draws the encoded weights, with biases shifted."""
@@ -77,7 +81,7 @@ class Rewriter:
         brief = model_file.copy(result)
         gather, shorten = (
             GatherConstants(),
-            ShortenNames(result.original_value_info, kept=decisions.all_of(self.deciders)),
+            ShortenNames(result.original_value_info, kept=self.decisions.names),
         )
         gather(brief.ir)
         shorten(brief.ir)
@@ -94,10 +98,10 @@ def verified(
     verifier.check_file(at)
     source = given if given is not None else model_file.serialize(original)
     session = rewriter.opened(source)
-    reference = verifier.Reference.of(session, held_out, rewriter.deciders)
+    reference = verifier.Reference.of(session, held_out, rewriter.decisions)
     if original.nbytes > LARGE:
         session = None
-    compressed = rewriter.opened(at)
+    compressed = rewriter.followed(at)
     found = verifier.compare(reference, compressed, held_out)
     if not found.passed:
         raise VerifyError(
@@ -106,6 +110,8 @@ def verified(
         )
     if session is None:
         return found, None
+    if rewriter.decisions.held:
+        compressed = rewriter.opened(at)  # as it selects by itself
     feed = held_out.rebatch(1).feeds[0]
     return found, timing.latency_ratio(session, compressed, feed, repeat=7)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxdp import noise
+from onnxdp import decisions, noise
 from onnxdp.errors import ModelError, SetupError
 from onnxdp.probes import InputSpec
 from onnxdp.records import Array
@@ -45,6 +45,7 @@ def session(
     provider: str = "cpu",
     disabled: Sequence[str] = (),
     also: Collection[str] = (),
+    held: Collection[str] = (),
     noisy: bool = False,
 ) -> Any:
     """Make an ``onnxruntime.InferenceSession``.
@@ -60,6 +61,8 @@ def session(
         Optimizers of ONNX Runtime to leave out.
     also : collection of str
         Tensors to give beside the outputs, those of them that the model makes.
+    held : collection of str
+        Selections to be told by inputs (:func:`onnxdp.decisions.hold`), those of them that the model makes.
     noisy : bool
         Whether the model draws random numbers, which are to be the same in every run.
 
@@ -72,7 +75,7 @@ def session(
     """
     ort = onnxruntime()
     if also or noisy:
-        model = _giving(model, also)
+        model = _giving(model, also, held)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False  # an arena keeps the peak of every run
@@ -113,11 +116,12 @@ def _make(
         return ort.InferenceSession(str(path), options, **more)
 
 
-def _giving(model: onnx.ModelProto | Path, names: Collection[str]) -> onnx.ModelProto:
+def _giving(model: onnx.ModelProto | Path, names: Collection[str], held: Collection[str]) -> onnx.ModelProto:
     made = onnx.load(model) if isinstance(model, Path) else onnx.ModelProto()
     if not isinstance(model, Path):
         made.CopyFrom(model)
     noise.settle(made)
+    decisions.hold(made, held)
     known = {n for node in made.graph.node for n in node.output} - {o.name for o in made.graph.output}
     made.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n in known)
     return made

@@ -42,6 +42,8 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
     ModelError
         The network runs on nothing that was tried; what it says of the usual sizes.
     """
+    if not free(specs):
+        return list(specs)
 
     def failure(some: Sequence[InputSpec]) -> ModelError | None:
         try:
@@ -67,6 +69,11 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
         if len(tried) > _MOST:
             break
     raise first
+
+
+def free(specs: Sequence[InputSpec]) -> bool:
+    """Whether there is anything to try: a size that nothing fixes, or ids that no table bounds."""
+    return next(_others(specs, (2,)), None) is not None
 
 
 def _others(specs: Sequence[InputSpec], numbers: Sequence[int]) -> Iterator[list[InputSpec]]:

@@ -271,11 +271,11 @@ def file_error(search: Search, limit: float, rewriter: Rewriter, original: Model
     if original.nbytes > LARGE:
         return lambda encoded, shifts: search.measured(encoded, shifts)[1]
     session = rewriter.opened(model_file.serialize(original))
-    reference = verifier.Reference.of(session, probes, rewriter.deciders)
+    reference = verifier.Reference.of(session, probes, rewriter.decisions)
 
     def measure(encoded: list[Encoded], shifts: dict[str, Array]) -> float:
         made = model_file.serialize(rewriter.rewritten(encoded, shifts))
-        outputs = verifier.compare(reference, rewriter.opened(made), probes).outputs
+        outputs = verifier.compare(reference, rewriter.followed(made), probes).outputs
         error = max((o.relative for o in outputs), default=0.0)
         if rewriter.narrowed and error - search.measured(encoded, shifts)[1] > NARROW_SHARE * limit:
             rewriter.narrowed = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,14 @@ import onnx
 from onnx import ModelProto
 
 from onnxdp import decisions, runtime
-from onnxdp.decisions import Deciders
+from onnxdp.decisions import Decisions
 from onnxdp.errors import ModelError, UsageError, VerifyError
 from onnxdp.probes import Probes
 from onnxdp.records import OutputDifference, Verification
+
+_NONE = Decisions()
+_ALIKE = 1e-5
+"""Relative error that is rounding."""
 
 
 def check_file(path: Path) -> None:
@@ -36,37 +39,42 @@ def check_file(path: Path) -> None:
         ) from e
 
 
-def opened(model: ModelProto | Path, deciders: Deciders, *, noisy: bool) -> Any:
+def opened(model: ModelProto | Path, found: Decisions, *, noisy: bool) -> Any:
     """Make a session that gives, beside the outputs, what decides them where the model makes it.
 
     What a ``noisy`` model draws is the same in every run, and in every session.
     """
-    return runtime.session(model, also=decisions.all_of(deciders), noisy=noisy)
+    return runtime.session(model, also=found.names, noisy=noisy)
+
+
+def followed(model: ModelProto | Path, found: Decisions, *, noisy: bool) -> Any:
+    """Make a session as :func:`opened` does, which takes what the network is to select as inputs."""
+    return runtime.session(model, also=found.names, held=found.held, noisy=noisy)
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What a model answers to the probes, and its interface; its session need not be kept.
 
-    Where the numbers decide of what shape an output is, ``deciders`` name the tensors that decide it, which
-    both sessions may give beside the outputs.
+    Where the numbers decide of what shape an output is, ``decisions`` name the tensors that decide it, which
+    both sessions may give beside the outputs, and what is selected, which the other session may take.
     """
 
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     answers: tuple[Mapping[str, Any], ...]
-    deciders: Deciders
+    decisions: Decisions
 
     @classmethod
-    def of(cls, session: Any, probes: Probes, deciders: Deciders = MappingProxyType({})) -> Reference:
+    def of(cls, session: Any, probes: Probes, found: Decisions = _NONE) -> Reference:
         """Run a session on every feed."""
-        outputs = tuple(o for o in session.get_outputs() if o.name not in decisions.all_of(deciders))
+        outputs = tuple(o for o in session.get_outputs() if o.name not in found.names)
         own, answers = {o.name for o in outputs}, []
         for feed in probes.feeds:
             answer = runtime.run(session, feed)
-            kept = own.union(decisions.all_of(decisions.few(deciders, answer, len(probes.feeds))))
+            kept = own.union(decisions.few(found, answer, len(probes.feeds)).names)
             answers.append({n: a for n, a in answer.items() if n in kept})
-        return cls(tuple(session.get_inputs()), outputs, tuple(answers), deciders)
+        return cls(tuple(session.get_inputs()), outputs, tuple(answers), found)
 
 
 def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = None) -> Verification:
@@ -90,17 +98,23 @@ def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = N
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
     given = {o.name: o for o in b.get_outputs()}
-    _same_interface(a, b, [o for n, o in given.items() if n not in decisions.all_of(a.deciders)])
+    told = {decisions.given(n): n for n in a.decisions.held}
+    takes = [i for i in b.get_inputs() if i.name not in told]
+    _same_interface(a, takes, [o for n, o in given.items() if n not in a.decisions.names])
+    told = {i.name: told[i.name] for i in b.get_inputs() if i.name in told}
     tallies = {n: _Tally() for n in a.answers[0] if n in given}
     for feed, left in zip(probes.feeds, a.answers, strict=True):
-        right = runtime.run(b, feed)
+        right = runtime.run(b, {**feed, **{name: left[n] for name, n in told.items()}})
         for name in tallies:
             tallies[name].add(left[name], right[name])
     shown: dict[str, None] = {}
     for own in (o.name for o in a.outputs):
-        instead = decisions.replaced(own, a.deciders, a.answers, unlike=tallies[own].unlike)
+        instead = decisions.replaced(own, a.decisions, a.answers, unlike=tallies[own].unlike)
         shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (own,))
-    outputs = tuple(tallies[n].result(n) for n in shown if tallies[n].seen)
+    found = {n: t.result(n) for n, t in tallies.items() if t.seen}
+    if all(found[n].relative <= _ALIKE for n in shown if n in found):  # then they have to decide alike, too
+        shown |= {n: None for n in found if not found[n].relative <= _ALIKE}
+    outputs = tuple(found[n] for n in shown if n in found)
     finite = all(np.isfinite(o.relative) for o in outputs)
     worst = max((o.relative for o in outputs), default=0.0)
     passed = finite and (tolerance is None or worst <= tolerance)
@@ -140,13 +154,14 @@ class _Tally:
 
     def result(self, name: str) -> OutputDifference:
         # Two models that give nothing but NaN have not been compared.
-        relative = (self._apart / (self._size or 1.0)) ** 0.5 if self._finite else float("nan")
+        alone = float("inf") if self.unlike else float("nan")
+        relative = (self._apart / (self._size or 1.0)) ** 0.5 if self._finite else alone
         same = self._same / self._rows if self._rows else None
         return OutputDifference(name, self._max, self._sum / self.seen, relative, same)
 
 
-def _same_interface(a: Reference, b: Any, outputs: Sequence[Any]) -> None:
-    pairs = {"inputs": (a.inputs, b.get_inputs()), "outputs": (a.outputs, outputs)}
+def _same_interface(a: Reference, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    pairs = {"inputs": (a.inputs, inputs), "outputs": (a.outputs, outputs)}
     for kind, (mine, other) in pairs.items():
         if len(mine) != len(other) or not all(map(_alike, mine, other)):
             raise ModelError(

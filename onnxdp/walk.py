@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import onnx_ir as ir
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+    shape_inference,
+)
 
 
 def deep(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
@@ -87,6 +97,34 @@ def holds_map(kind: TypeProto) -> bool:
     if kind.HasField("sequence_type"):
         return holds_map(kind.sequence_type.elem_type)
     return bool(kind.HasField("map_type"))
+
+
+def types(model: ModelProto) -> dict[str, int]:
+    """Infer the element types of the tensors of the outermost graph, as far as ONNX knows; nothing is run."""
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = "g"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    fed = {v.name for v in graph.input}
+    graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, None)
+        for t in model.graph.initializer
+        if t.name not in fed
+    )
+    graph.output.extend(ValueInfoProto(name=o.name) for o in model.graph.output)
+    try:
+        found = shape_inference.infer_shapes(light).graph
+    except (
+        shape_inference.InferenceError,
+        RuntimeError,
+        ValueError,
+    ):  # an operator or a model it cannot take
+        return {}
+    known = ((v.name, v.type.tensor_type.elem_type) for v in (*found.input, *found.value_info, *found.output))
+    return {name: kind for name, kind in known if kind}
 
 
 TOLD = "told"
