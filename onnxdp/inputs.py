@@ -11,9 +11,12 @@ import numpy as np
 
 Dim = int | str | None
 
-_STATE = re.compile(r"(^|[^a-z])([hc]_?[0nx]|(?<!hidden_)states?|caches?|past|memory)($|[^a-z])")
+_STATE = re.compile(
+    r"(^|[^a-z])([hc]_?[0nx]|(?<!hidden_)states?|caches?|past(?!_values|_time|_observed)|memory)($|[^a-z])"
+)
 MASK = re.compile(r"mask|valid|padding")
 CACHE = re.compile(r"(^|[^a-z])past([^a-z]|$)")
+"""Keys and values of what came before; what came before in a series (``past_values``) is no state."""
 USE_CACHE = re.compile(r"use_?cache")
 RATE = re.compile(r"^(sr|fs|sample_?rate|sampling_?rate)$")
 LENGTH = re.compile(r"len(gth)?s?$")
@@ -40,6 +43,8 @@ class InputSpec:
         Symbolic dimensions by name, unknown ones as None.
     vocabulary : int or None
         Rows of the table that the ids look up, where known.
+    marks : tuple of int
+        Ids that the network looks for: what ends a text, what fills it up.
     kind : str
         ``image``, ``ids``, ``mask``, ``state``, ``scalar`` or ``other``; found by :func:`classify`.
     """
@@ -48,6 +53,7 @@ class InputSpec:
     dtype: str
     shape: tuple[Dim, ...]
     vocabulary: int | None = None
+    marks: tuple[int, ...] = ()
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -137,7 +143,7 @@ def _sizes(spec: InputSpec, batch_axis: int | None, sizes: dict[str, int], past:
     if spec.kind == "image":
         return _picture_sizes(shape, sizes)
     usual = {"ids": _TOKENS, "mask": _TOKENS, "other": _WAVE if len(shape) <= 2 else _FRAMES}.get(
-        spec.kind, 1
+        spec.kind, _TOKENS if CACHE.search(spec.name.lower()) else 1
     )
     found = []
     for d in shape:

@@ -384,9 +384,8 @@ class Job:
     def _measuring(self) -> Meter:
         """Return what measures damage, made once for all targets."""
         if self._meter is None:
-            costly = stats.macs(self.rewriter.found.weights) > preparation.COSTLY
             parts = self.held_out.samples if self.held_out.dynamic else len(self.held_out.feeds)
-            few = (costly or self._rough) and parts >= 8
+            few = (self.costly or self._rough) and parts >= 8
             self._meter = Meter(self.encoder.network, self.held_out.split(0.5)[0] if few else self.held_out)
         return self._meter
 

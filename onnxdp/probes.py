@@ -429,7 +429,7 @@ def _numbers(
     def one(i: int) -> Array:
         rng = np.random.Generator(np.random.PCG64([seed, k, i]))
         if spec.kind == "ids":
-            return texts.draw(shape, most, rng).astype(dtype)
+            return texts.ended(texts.draw(shape, most, rng), spec.marks, most).astype(dtype)
         made = rng.standard_normal(shape) if spec.kind == "state" else signals.draw(shape, rng)
         return made.astype(dtype)
 

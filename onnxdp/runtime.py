@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -164,6 +166,7 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
             dtype=_dtype_name(value.type.tensor_type.elem_type),
             shape=_shape(value, model.graph),
             vocabulary=_vocabulary(model.graph, value.name),
+            marks=_marks(model.graph, value.name),
         )
         for value in model.graph.input
         if value.name not in held
@@ -248,6 +251,31 @@ def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
         elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in tables:
             return int(tables[node.input[0]])
     return None
+
+
+_PASSING = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
+
+
+def _marks(graph: onnx.GraphProto, name: str) -> tuple[int, ...]:
+    """Ids that an input is compared with: CLIP pools at the end of a text, and finds it by its id."""
+    told = {t.name: t for t in graph.initializer if t.data_type in _WHOLE and math.prod(t.dims) == 1}
+    names = {name}
+    found: set[int] = set()
+    for node in graph.node:
+        value = node.attribute[0].t if node.op_type == "Constant" and node.attribute else None
+        if value is not None and value.data_type in _WHOLE and math.prod(value.dims) == 1:
+            told[node.output[0]] = value
+        elif node.op_type in _PASSING and node.input[0] in told:
+            told[node.output[0]] = told[node.input[0]]
+        elif node.op_type in _PASSING and node.input[0] in names:
+            names.add(node.output[0])
+        elif node.op_type == "Equal" and names & set(node.input):
+            with contextlib.suppress(ValueError):  # constants that are left out here have no numbers
+                found |= {int(onnx.numpy_helper.to_array(told[n]).item()) for n in node.input if n in told}
+    return tuple(sorted(i for i in found if i >= 0))
+
+
+_WHOLE = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
 def _in_order(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:

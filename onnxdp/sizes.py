@@ -8,26 +8,31 @@ are those of training, and ids that point into another input (the edges of a gra
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from onnxdp import probes
 from onnxdp.errors import ModelError
-from onnxdp.inputs import Dim, InputSpec, Layout
+from onnxdp.inputs import POSITION, VOCABULARY, Dim, InputSpec, Layout
 from onnxdp.probes import Probes
+from onnxdp.records import Array
 
 SIDES = (224, 256, 384, 288, 320, 336, 448, 512, 518, 640, 768, 800, 1024, 192, 160, 128, 112, 96, 64, 48, 32)
 """Sides of square pictures, the usual ones first."""
 _LONGEST = {"ids": 4096, "mask": 4096, "other": 500_000}
 """Places of the longest sequence that is tried, by what an input is: half a minute of sound."""
-_MOST = 64
+_MOST = 96
 """Runs at most."""
+_TIMES = (2, 4, 8, 16, 32)
+"""What is tried where nothing that is said helps: sound too short for all strides, so much longer ..."""
+_CONTEXTS = (96, 128, 336, 512, 1024)
+"""... and what forecasts takes so many steps."""
 
 Runs = Callable[[Probes], object]
 
 
 def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
-    """Return the inputs as they are, or with one free size settled so that the network runs.
+    """Return the inputs as they are, or with a free size settled, or two, so that the network runs.
 
     The numbers in what ONNX Runtime says of the usual sizes ("80 by 1500") are what is tried.
 
@@ -46,8 +51,9 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
         return list(specs)
 
     def failure(some: Sequence[InputSpec]) -> ModelError | None:
+        one = probes.make(some, samples=1, seed=0, batch=1)
         try:
-            runs(probes.make(some, samples=1, seed=0, batch=1))
+            runs(replace(one, feeds=(_extreme(some, one.feeds[0]),)))
         except ModelError as e:
             return e
         return None
@@ -55,20 +61,42 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
     first = failure(specs)
     if first is None:
         return list(specs)
-    numbers = sorted(
-        {int(n) for n in re.findall(r"\d+", first.message.rpartition("Status Message:")[2])} - {0, 1},
-        reverse=True,
-    )
-    tried = {tuple(specs)}
-    for other in _others(specs, numbers):
-        if tuple(other) in tried:
-            continue
-        tried.add(tuple(other))
-        if failure(other) is None:
-            return other
-        if len(tried) > _MOST:
-            break
+    tried, left = {tuple(specs)}, [(list(specs), first)]
+    met = {_place(first)}
+    for start, told in left:
+        for other in _others(start, _numbers(told)):
+            if tuple(other) in tried:
+                continue
+            tried.add(tuple(other))
+            again = failure(other)
+            if again is None:
+                return other
+            if _place(again) not in met:  # this one was right, or led astray; there is another to settle
+                met.add(_place(again))
+                left.append((other, again))
+            if len(tried) > _MOST:
+                raise first
     raise first
+
+
+def _extreme(specs: Sequence[InputSpec], feed: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return a feed whose texts hold the largest id that any may."""
+    made = {s.name: feed[s.name].copy() for s in specs if s.kind == "ids" and feed[s.name].any()}
+    for spec in specs:
+        if spec.name in made and not POSITION.search(spec.name.lower()):
+            made[spec.name].flat[0] = (spec.vocabulary or VOCABULARY) - 1
+    return {**feed, **made}
+
+
+def _place(told: ModelError) -> str:
+    """Return the node at which a run failed."""
+    return told.message.partition("Status Message:")[0]
+
+
+def _numbers(told: ModelError) -> list[int]:
+    """Return the numbers of what ONNX Runtime says, the largest first."""
+    said = told.message.rpartition("Status Message:")[2]
+    return sorted({int(n) for n in re.findall(r"\d+", said)} - {0, 1}, reverse=True)
 
 
 def free(specs: Sequence[InputSpec]) -> bool:
@@ -87,12 +115,13 @@ def _others(specs: Sequence[InputSpec], numbers: Sequence[int]) -> Iterator[list
         for axis in _free(spec, layout) if spec.kind in _LONGEST else ():
             usual = layout.shapes[spec.name][axis]
             scaled = [usual * a // b for a in numbers for b in numbers if a != b and usual * a % b == 0]
-            for size in (*sorted(scaled, reverse=True), *numbers):
+            more = (*(usual * t for t in _TIMES), *_CONTEXTS) if spec.kind == "other" else ()
+            for size in (*sorted(scaled, reverse=True), *numbers, *more):
                 if size <= _LONGEST[spec.kind]:
                     yield [_settled(s, spec, axis, size) for s in specs]
     for spec in specs:
-        if spec.kind == "ids" and spec.vocabulary is None:
-            for size in numbers:
+        for size in numbers if spec.kind == "ids" else ():
+            if size < (spec.vocabulary or VOCABULARY):
                 yield [replace(s, vocabulary=size) if s is spec else s for s in specs]
 
 

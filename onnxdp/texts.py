@@ -7,6 +7,7 @@ types of files, calls them all unknown), and an error measured on one answer say
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +21,8 @@ LETTERS = 8
 """Fewest ids that a text is made of; up to the vocabulary, their number is uniform in logarithm ..."""
 LONGEST = 12
 """... and those of the longest word."""
+_SHORT = 4
+"""Ids for each of those that end a text from which it is one."""
 LEXICON = 300
 """Most words of one text; their number is uniform in logarithm, too."""
 
@@ -48,6 +51,17 @@ def draw(shape: tuple[int, ...], vocabulary: int, rng: np.random.Generator) -> A
     words = np.split(spelled, np.cumsum(sizes)[:-1])
     said = rng.choice(len(words), length, p=_falling(len(words), rng))  # a word has a letter at least
     return np.concatenate([spelled[:0], *(words[w] for w in said)])[:length].reshape(shape)
+
+
+def ended(text: Array, marks: Sequence[int], vocabulary: int) -> Array:
+    """Return a text, (..., length), at whose end, and only there, stand the ids that a network looks for."""
+    marks = [m for m in marks if m < vocabulary]
+    if not marks or text.shape[-1] < _SHORT * len(marks) or len(marks) == vocabulary:
+        return text
+    other = next(i for i in range(vocabulary) if i not in marks)
+    made = np.where(np.isin(text, marks), other, text)
+    made[..., -len(marks) :] = marks
+    return made
 
 
 def _letters(vocabulary: int, rng: np.random.Generator) -> Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edges import parsed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -20,6 +21,7 @@ from onnxdp.pictures import draw
 from onnxdp.probes import InputSpec, Probes, load, make
 from onnxdp.ranges import CENTRED, STANDARDISED, Range
 from onnxdp.records import Array
+from onnxdp.runtime import input_specs
 
 SHARED = Path(os.environ.get("ONNXDP_SHARED", Path(__file__).parents[2] / "shared"))
 PICTURE = InputSpec("x", "float32", ("batch", 3, 32, 32))
@@ -138,6 +140,29 @@ def test_cached_keys_are_there_to_be_attended_to() -> None:
     assert not feed["use_cache_branch"].any() and feed["attention_mask"].all()
     many, _ = shapes("sequence_length")
     assert many["past_key_values.0.decoder.key"] == (2, 0, 8) and many["attention_mask"] == (32,)
+
+
+def test_texts_end_with_what_the_network_looks_for() -> None:
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        text (int64[b, n] ids) => (float[b, 8] y) {
+          a = Gather (words, ids)
+          i = Cast <to = 6> (ids)
+          e = Equal (i, end)
+          f = Equal (none, ids)
+          p = Equal (ids, padding)
+          y = ReduceSum (a)
+        }""",
+        words=np.zeros((90, 8), np.float32),
+        end=np.int32(89),
+        none=np.array([-100]),
+        padding=np.array([1]),
+    )
+    (spec,) = input_specs(model)
+    assert (spec.vocabulary, spec.marks) == (90, (1, 89))
+    texts = whole(make([spec], samples=64, seed=0), "ids")
+    assert (texts[:, -2:] == [1, 89]).all() and not np.isin(texts[:, :-2], [1, 89]).any()
+    assert len(np.unique(texts)) > 60
 
 
 def test_another_seed_gives_other_inputs() -> None:
