@@ -120,7 +120,8 @@ def decisions(model: ModelProto) -> Decisions:
     ]
     if not asked:
         return Decisions()
-    way = _Way(graph.node, reads, made, moved & made.keys() - loose, loose, walk.types(model))
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    way = _Way(graph.node, reads, made, moved & made.keys() - loose, loose, walk.types(model), opset)
     own = {o.name for o in graph.output}
     found, held = {}, way.held()
     for name in asked:
@@ -142,6 +143,8 @@ class _Way:
     """Tensors that follow from the inputs, of a shape that no value decides."""
     loose: Set[str]
     types: Mapping[str, int]
+    opset: int
+    """GatherElements, which tells a TopK its rows, is of 11."""
 
     def _back(self, names: Iterable[str], among: Set[str]) -> Iterator[int]:
         """Give every node on the way back from some tensors, through those ``among`` which it goes."""
@@ -179,20 +182,24 @@ class _Way:
         before = {n for name in self.loose for n in self.reads[self.made[name]] & self.firm}
         first = set(self._back(before, self.firm))  # nodes that give selections what they select from
         for i, node in enumerate(self.nodes):
-            if node.domain:
-                continue
-            if node.op_type in ("NonMaxSuppression", "NonZero"):
-                told = node.output[0]
-            elif node.op_type == "Compress" and node.input[1] in self.made:
-                told = node.input[1]
-            elif node.op_type == "TopK" and len(node.output) > 1 and i in first:
-                told = node.output[1]
-            else:
-                continue
             by = self.reads[i]
-            if told in self.firm | self.loose and (by & self.loose or self.roots(by & self.firm)):
-                found.append(told)
-        return tuple(dict.fromkeys(n for n in found if n))
+            if by & self.loose or self.roots(by & self.firm):
+                found += (n for n in self._told(node, sorts=i in first) if n in self.firm | self.loose)
+        return tuple(dict.fromkeys(found))
+
+    def _told(self, node: NodeProto, *, sorts: bool) -> Sequence[str]:
+        """Name the tensors by which a node selects, or tells others what to."""
+        if node.domain:
+            return ()
+        if node.op_type in ("NonMaxSuppression", "NonZero"):
+            return tuple(node.output)
+        if node.op_type == "Compress":
+            return tuple(node.input[1:])
+        if node.op_type == "TopK" and sorts and self.opset >= 11:
+            return tuple(node.output[1:])
+        inner = (n.op_type for n in walk.deep([node]) if n is not node)
+        whole = (n for n in node.output if self.types.get(n) == TensorProto.INT64)
+        return tuple(whole) if not SELECTING.isdisjoint(inner) else ()
 
 
 def _selects(node: NodeProto, moved: Set[str]) -> bool:
@@ -210,25 +217,26 @@ def hold(model: ModelProto, names: Iterable[str]) -> None:
     """Let all that reads these selections read inputs of their own; the network still makes its own."""
     graph, wanted = model.graph, set(names)
     made = {name: node for node in graph.node for name in node.output if name in wanted}
+    if not made:
+        return
     renamed = {name: given(name) for name in made}
     nodes: list[NodeProto] = []
     for node in graph.node:
         for inner in walk.deep([node]):
             inner.input[:] = [renamed.get(name, name) for name in inner.input]
         nodes.append(node)
-        if (
-            node.op_type == "TopK" and node.output[1] in made
-        ):  # its values are those of the rows that are told
-            values, axis = node.output[0], next((a.i for a in node.attribute if a.name == "axis"), -1)
-            rows = [node.input[0], given(node.output[1])]
-            nodes.append(helper.make_node("GatherElements", rows, [given(values)], axis=axis))
-            renamed[values] = given(values)
+        if node.op_type != "TopK" or node.output[1] not in made:
+            continue
+        values, axis = node.output[0], next((a.i for a in node.attribute if a.name == "axis"), -1)
+        rows = [node.input[0], given(node.output[1])]  # its values are those of the rows that are told
+        nodes.append(helper.make_node("GatherElements", rows, [given(values)], axis=axis))
+        renamed[values] = given(values)
     del graph.node[:]
     graph.node.extend(nodes)
-    for name, node in made.items():
-        selects = node.op_type in ("NonMaxSuppression", "NonZero", "TopK")
-        kind = TensorProto.INT64 if selects else TensorProto.BOOL
-        graph.input.append(helper.make_tensor_value_info(given(name), kind, None))
+    conditions = {n for node in walk.deep(nodes) if node.op_type == "Compress" for n in node.input[1:]}
+    for name in map(given, made):
+        kind = TensorProto.BOOL if name in conditions else TensorProto.INT64
+        graph.input.append(helper.make_tensor_value_info(name, kind, None))
 
 
 def few(found: Decisions, answer: Mapping[str, Array], feeds: int) -> Decisions:

@@ -80,6 +80,7 @@ class Network:
             self._selecting = onnx.ModelProto()
             self._selecting.CopyFrom(self.proto)
             decisions.hold(self.proto, self.decisions.held)
+        self._selects: Any = None
         self._selected: dict[bytes, dict[str, Array]] = {}
         self._threads, self._provider = threads, provider
         self.outputs = [o.name for o in self.proto.graph.output]
@@ -123,17 +124,16 @@ class Network:
             digest.update(np.ascontiguousarray(feed[name]).tobytes())
         key = digest.digest()
         if key not in self._selected:
-            made = runtime.run(self._selector(), {**self.fed, **feed}, held)
+            made = runtime.run(self._selector(self._selecting), {**self.fed, **feed}, held)
             self._selected[key] = {decisions.given(n): x for n, x in made.items()}
         return {**feed, **self._selected[key]}
 
-    @cache  # noqa: B019  it lives as long as the network
-    def _selector(self) -> Any:
-        assert self._selecting is not None
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self._selecting)
-        _set_outputs(proto.graph, self.decisions.held)
-        return self._session(proto, self.decisions.held)
+    def _selector(self, proto: onnx.ModelProto) -> Any:
+        """Return the session that selects, made at the first call."""
+        if self._selects is None:
+            _set_outputs(proto.graph, self.decisions.held)
+            self._selects = self._session(proto, self.decisions.held)
+        return self._selects
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
         """Return a function that gives the scores of the classes, where the network has one such output.
