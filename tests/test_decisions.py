@@ -243,9 +243,26 @@ def test_a_second_stage_is_measured_on_the_rows_that_the_original_selects(tmp_pa
     assert 0.4 < (lost / size) ** 0.5 / told["y"] < 2.5
 
 
-def test_told_its_own_selections_a_network_answers_as_before():
+@pytest.mark.parametrize("where", ["outside", "in a branch"])
+def test_told_its_own_selections_a_network_answers_as_before(where):
     model = two_stages()
+    if where == "in a branch":  # torchvision asks first whether there are boxes at all
+        place = next(i for i, n in enumerate(model.graph.node) if n.op_type == "NonMaxSuppression")
+        inner = parser.parse_graph(
+            """g (bool no) => (int64[n, 3] which) {
+              which = If (no) <
+                then_branch = a () => (int64[n, 3] p) { p = Identity (nothing) },
+                else_branch = b () => (int64[n, 3] q) {
+                  q = NonMaxSuppression (boxes, scores, most, overlap, threshold)
+                }
+              >
+            }"""
+        )
+        model.graph.node[place].CopyFrom(inner.node[0])
+        more = {"no": np.array(False), "nothing": np.zeros((0, 3), np.int64)}
+        model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in more.items())
     held = decisions.decisions(model).held
+    assert set(held) == {"which", "order"}
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     decisions.hold(twin, held)
