@@ -24,6 +24,7 @@ from onnxdp import (
     weights,
 )
 from onnxdp import model as model_file
+from onnxdp.errors import ModelError
 from onnxdp.findings import BenchRow, Diagnosis, Frontier, InspectedWeight, Inspection
 from onnxdp.job import Job
 from onnxdp.passes import FreezeInitializers
@@ -201,6 +202,11 @@ def verify(
     first = model_file.serialize(model_file.read(a))
     second = model_file.serialize(model_file.read(b))
     found, noisy = decisions.decisions(first), noise.draws(first)
+    if more := sorted({o.name for o in second.graph.output}.intersection(found.names)):
+        raise ModelError(
+            f"The two models have different outputs ({more[0]} is one of the second only); compare a model "
+            "with its own compressed form."
+        )
     left, right = (
         Path(m) if isinstance(m, str | os.PathLike) else proto for m, proto in ((a, first), (b, second))
     )

@@ -291,6 +291,16 @@ def test_what_decides_alike_by_the_same_numbers_has_to_give_the_same(tmp_path, m
         assert done.exit_code == 1 and "FAILED" in done.stdout
 
 
+def test_an_output_more_is_another_interface_even_if_it_decides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = classifier("y = ArgMax <axis = 1> (scores)", "int64[N, 1]")
+    save(one, "a.onnx")
+    one.graph.output.append(onnx.helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, ["N", 32]))
+    save(one, "b.onnx")
+    done = onnxdp("verify", "a.onnx", "b.onnx")
+    assert done.exit_code == 2 and "different outputs" in done.stderr
+
+
 @pytest.mark.parametrize(
     "end",
     [
