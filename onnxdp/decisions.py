@@ -10,7 +10,7 @@ measured the original's selection is fed to the other network, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -120,8 +120,8 @@ def decisions(model: ModelProto) -> Decisions:
     ]
     if not asked:
         return Decisions()
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
-    way = _Way(graph.node, reads, made, moved & made.keys() - loose, loose, walk.types(model), opset)
+    firm = moved & made.keys() - loose
+    way = _Way(graph.node, reads, made, firm, loose, walk.types(model), walk.opset(model))
     own = {o.name for o in graph.output}
     found, held = {}, way.held()
     for name in asked:
@@ -146,46 +146,45 @@ class _Way:
     opset: int
     """GatherElements, which tells a TopK its rows, is of 11."""
 
-    def _back(self, names: Iterable[str], among: Set[str]) -> Iterator[int]:
-        """Give every node on the way back from some tensors, through those ``among`` which it goes."""
-        waiting, seen = list(names), set(names)
+    def _back(
+        self, names: Iterable[str], among: Set[str], through: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[str]:
+        """Give tensors, and those ``among`` which the way back leads as far as it goes ``through`` them."""
+        waiting = list(names)
+        seen = set(waiting)
         while waiting:
-            i = self.made[waiting.pop()]
-            yield i
-            more = (self.reads[i] & among) - seen
+            here = waiting.pop()
+            yield here
+            more = (self.reads[self.made[here]] & among) - seen if through(here) else set()
             seen |= more
             waiting += more
+
+    def _follows(self, name: str) -> bool:
+        """Whether a tensor is looked through: it decides by what its node reads, or only passes that on."""
+        whole = self.types.get(name, TensorProto.FLOAT) not in _UNASKED
+        return whole or self.nodes[self.made[name]].op_type in _DECIDING | _CARRYING
 
     def behind(self, output: str) -> set[str]:
         """Name the firm tensors that the nodes of loose ones read, on any way to an output."""
-        return {n for i in self._back({output}, self.loose) for n in self.reads[i] & self.firm}
+        return {n for o in self._back({output}, self.loose) for n in self.reads[self.made[o]] & self.firm}
 
     def roots(self, names: Set[str]) -> set[str]:
         """Name the tensors that decide firm ones: themselves where no decision lies right before them."""
-        found: set[str] = set()
-        waiting, seen = list(names), set(names)
-        while waiting:
-            here = waiting.pop()
-            i = self.made[here]
-            floating = self.types.get(here, TensorProto.FLOAT) in _UNASKED
-            if floating and self.nodes[i].op_type not in _DECIDING | _CARRYING:
-                found.add(here)
-                continue
-            more = (self.reads[i] & self.firm) - seen
-            seen |= more
-            waiting += more
-        return found
+        return {n for n in self._back(names, self.firm, self._follows) if not self._follows(n)}
 
     def held(self) -> tuple[str, ...]:
         """Name what selects by numbers that weights have a part in, and sorts what is selected from."""
-        found: list[str] = []
         before = {n for name in self.loose for n in self.reads[self.made[name]] & self.firm}
-        first = set(self._back(before, self.firm))  # nodes that give selections what they select from
+        first = {self.made[n] for n in self._back(before, self.firm)}  # nodes before any selection
+        told: list[str] = []
+        worked_out: set[str] = set()  # tensors that have roots
         for i, node in enumerate(self.nodes):
-            by = self.reads[i]
-            if by & self.loose or self.roots(by & self.firm):
-                found += (n for n in self._told(node, sorts=i in first) if n in self.firm | self.loose)
-        return tuple(dict.fromkeys(found))
+            by_numbers = not self.reads[i].isdisjoint(worked_out)
+            worked_out |= {n for n in node.output if n in self.loose}
+            worked_out |= {n for n in node.output if n in self.firm and (by_numbers or not self._follows(n))}
+            if by_numbers:
+                told += (n for n in self._told(node, sorts=i in first) if n in self.firm or n in self.loose)
+        return tuple(dict.fromkeys(told))
 
     def _told(self, node: NodeProto, *, sorts: bool) -> Sequence[str]:
         """Name the tensors by which a node selects, or tells others what to."""

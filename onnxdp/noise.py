@@ -38,20 +38,13 @@ def settle(model: ModelProto) -> None:
     if not draws(model):
         return
     numbers = itertools.count()  # names would not do: a compressed form has others
-    _settle(model.graph, _opset(model), walk.types(model), numbers)
+    _settle(model.graph, walk.opset(model), walk.types(model), numbers)
     for function in model.functions:
-        _settle(function, _opset(function), {}, numbers)
-
-
-def _opset(holder: ModelProto | FunctionProto) -> int:
-    return max((o.version for o in holder.opset_import if o.domain in _STANDARD), default=1)
-
-
-_STANDARD = ("", "ai.onnx")
+        _settle(function, walk.opset(function), {}, numbers)
 
 
 def _draws(node: NodeProto) -> bool:
-    return node.op_type in _DRAWING and node.domain in _STANDARD
+    return node.op_type in _DRAWING and node.domain in walk.STANDARD
 
 
 def _settle(
@@ -82,11 +75,12 @@ def _settled(node: NodeProto, opset: int, types: Mapping[str, int], number: int)
         return None
     if "Normal" in node.op_type:
         low, high = mean - math.sqrt(3.0) * deviation, mean + math.sqrt(3.0) * deviation
-    like = list(node.input)[:1] if node.op_type not in ("RandomNormal", "RandomUniform") else None
-    kind = told.get("dtype", 1 if like is None else types.get(like[0], 0) if like else 0)
-    if opset < 11 or (like is None and "shape" not in told) or like == [] or like == [""]:
-        return None  # Range is of opset 11
-    if math.prod(given) >= _LARGEST or not (kind or opset >= 15):
+    alone = node.op_type in ("RandomNormal", "RandomUniform")
+    like = "" if alone or not node.input else node.input[0]
+    kind = told.get("dtype", 1 if alone else types.get(like, 0))
+    if opset < 11 or not (kind or opset >= 15):  # Range is of 11, CastLike of 15
+        return None
+    if math.prod(given) >= _LARGEST or not ("shape" in told if alone else like):
         return None
     made: list[NodeProto] = []
 
@@ -98,11 +92,8 @@ def _settled(node: NodeProto, opset: int, types: Mapping[str, int], number: int)
     def constant(value: object, dtype: type = np.float32) -> str:
         return add("Constant", value=numpy_helper.from_array(np.asarray(value, dtype)))
 
-    def cast(value: str) -> str:
-        return add("Cast", value, to=kind) if kind else add("CastLike", value, like[0] if like else "")
-
-    shape = add("Shape", like[0]) if like else constant(given, np.int64)
-    count = add("Size", like[0]) if like else constant(math.prod(given), np.int64)
+    shape = add("Shape", like) if like else constant(given, np.int64)
+    count = add("Size", like) if like else constant(math.prod(given), np.int64)
     counted = add("Range", constant(0, np.int64), count, constant(1, np.int64))
     places = add("Add", add("Cast", counted, to=1), constant(1 + number * _APART % 997))
     far = add("Mul", add("Sin", add("Mul", places, constant(12.9898))), constant(1000.0))
@@ -111,8 +102,7 @@ def _settled(node: NodeProto, opset: int, types: Mapping[str, int], number: int)
     spread = add("Add", add("Mul", share, constant(high - low - 2 * inner)), constant(low + inner))
     shaped = add("Reshape", spread, shape)
     if node.op_type == "Bernoulli":
-        likely = add("Cast", node.input[0], to=1)
-        shaped = add("Less", shaped, likely)
-    cast(shaped)
+        shaped = add("Less", shaped, add("Cast", like, to=1))
+    _ = add("Cast", shaped, to=kind) if kind else add("CastLike", shaped, like)
     made[-1].output[0] = node.output[0]
     return made

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from onnxdp import runtime
+from onnxdp import runtime, walk
 from onnxdp.network import Network
 from onnxdp.ranges import Misfit
 from onnxdp.records import Array
@@ -53,8 +53,9 @@ def _remembered(graph: onnx.GraphProto) -> list[tuple[str, Array, Array]]:
     """List (input, means, variances) of the nodes whose statistics mean something, in graph order."""
     held = {t.name: t for t in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            held[node.output[0]] = node.attribute[0].t
+        value = walk.constant(node)
+        if value is not None:
+            held[node.output[0]] = value
         elif node.op_type == "Identity" and node.input[0] in held:
             held[node.output[0]] = held[node.input[0]]
     found = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxdp import decisions, noise
+from onnxdp import decisions, noise, walk
 from onnxdp.errors import ModelError, SetupError
 from onnxdp.probes import InputSpec
 from onnxdp.records import Array
@@ -76,7 +76,7 @@ def session(
         ONNX Runtime refuses the model.
     """
     ort = onnxruntime()
-    if also or noisy:
+    if also or held or noisy:
         model = _giving(model, also, held)
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -241,7 +241,7 @@ def _vocabulary(graph: onnx.GraphProto, name: str) -> int | None:
     """
     tables = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) >= 1}
     for node in graph.node:
-        value = node.attribute[0].t if node.op_type == "Constant" and node.attribute else None
+        value = walk.constant(node)
         if value is not None and value.dims:
             tables[node.output[0]] = value.dims[0]
     names = {name}
@@ -262,7 +262,7 @@ def _marks(graph: onnx.GraphProto, name: str) -> tuple[int, ...]:
     names = {name}
     found: set[int] = set()
     for node in graph.node:
-        value = node.attribute[0].t if node.op_type == "Constant" and node.attribute else None
+        value = walk.constant(node)
         if value is not None and value.data_type in _WHOLE and math.prod(value.dims) == 1:
             told[node.output[0]] = value
         elif node.op_type in _PASSING and node.input[0] in told:

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx import (
     AttributeProto,
+    FunctionProto,
     GraphProto,
     ModelProto,
     NodeProto,
@@ -39,6 +40,21 @@ def reads(node: NodeProto) -> set[str]:
             for inner in graph.node:
                 names |= reads(inner)
     return names
+
+
+STANDARD = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
+
+
+def opset(holder: ModelProto | FunctionProto) -> int:
+    """Return the version of ONNX's own operators that a model or a function imports."""
+    return max((o.version for o in holder.opset_import if o.domain in STANDARD), default=1)
+
+
+def constant(node: NodeProto) -> TensorProto | None:
+    """Return the tensor that a Constant node gives, None for every other node."""
+    held = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
+    return held.t if held is not None and held.HasField("t") else None
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -117,11 +133,7 @@ def types(model: ModelProto) -> dict[str, int]:
     graph.output.extend(ValueInfoProto(name=o.name) for o in model.graph.output)
     try:
         found = shape_inference.infer_shapes(light).graph
-    except (
-        shape_inference.InferenceError,
-        RuntimeError,
-        ValueError,
-    ):  # an operator or a model it cannot take
+    except (shape_inference.InferenceError, RuntimeError, ValueError):  # what it cannot take
         return {}
     known = ((v.name, v.type.tensor_type.elem_type) for v in (*found.input, *found.value_info, *found.output))
     return {name: kind for name, kind in known if kind}

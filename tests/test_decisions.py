@@ -243,6 +243,20 @@ def test_a_second_stage_is_measured_on_the_rows_that_the_original_selects(tmp_pa
     assert 0.4 < (lost / size) ** 0.5 / told["y"] < 2.5
 
 
+def test_selections_are_held_where_all_that_decides_is_given_anyway(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = chooser()
+    for name, kind, shape in (("a", 1, [64, 128]), ("r", 1, [64, 128]), ("liked", 9, [64])):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    save(model)
+    found = decisions.decisions(model)
+    assert found.held == ("liked",) and not found.names
+    done = onnxdp("compress", "in.onnx", "out.onnx", "--ratio", "4", "--samples", "8", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = {o["name"]: o["relative"] for o in json.loads(done.stdout)["verification"]["outputs"]}
+    assert 0 < told["y"] < 0.2
+
+
 @pytest.mark.parametrize("where", ["outside", "in a branch"])
 def test_told_its_own_selections_a_network_answers_as_before(where):
     model = two_stages()
@@ -327,18 +341,21 @@ def test_a_long_way_back_is_gone_once():
     text = f"a0 = Relu (x) {chain} all = Concat <axis = 0> ({reads})"
     text += " n = NonZero (all) y = Concat <axis = 1> (n, n)"
     model = parsed(f'<ir_version: 8, opset_import: ["" : 17]> g (float[8] x) => (int64[1, k] y) {{ {text} }}')
-    steps = 0
+    steps = dict.fromkeys(("reads", "follows"), 0)
 
-    def counted(*args):
-        nonlocal steps
-        steps += 1
-        return real(*args)
+    def counting(name, real):
+        def counted(*args):
+            steps[name] += 1
+            return real(*args)
 
-    real = walk.reads
+        return counted
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "reads", counted)
+        patch.setattr(walk, "reads", counting("reads", walk.reads))
+        patch.setattr(decisions._Way, "_follows", counting("follows", decisions._Way._follows))
         assert decisions.decisions(model).outputs["y"].tensors == ("a0",)
-    assert steps <= len(model.graph.node)
+    assert steps["reads"] <= len(model.graph.node)
+    assert steps["follows"] <= 4 * len(model.graph.node)
 
 
 def test_an_output_that_decides_another_is_compared_with_it(tmp_path, monkeypatch):
