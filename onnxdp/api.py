@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from onnx import ModelProto
 
 from onnxdp import (
     arrays,
@@ -216,12 +218,11 @@ def verify(
     return verifier.compare(reference, other, made, tolerance=tolerance)
 
 
-def _probes(model: Any, proto: Any, settings: Settings) -> Probes:
+def _probes(model: ModelProto | Path, proto: ModelProto, settings: Settings) -> Probes:
     """Make probes for a model that ONNX Runtime reads from ``model``, or load those that were given."""
     specs = runtime.input_specs(proto)
     if settings.inputs is None and sizes.free(specs):
-        session = runtime.session(model)
-        specs = sizes.fitted(specs, lambda one: runtime.run(session, one.feeds[0]))
+        specs = sizes.fitted(specs, partial(runtime.run, runtime.session(model)))
     return probes_for(specs, settings)
 
 

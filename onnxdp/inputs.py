@@ -16,7 +16,7 @@ _STATE = re.compile(
 )
 MASK = re.compile(r"mask|valid|padding")
 CACHE = re.compile(r"(^|[^a-z])past([^a-z]|$)")
-"""Keys and values of what came before; what came before in a series (``past_values``) is no state."""
+"""Names of cached keys and values; what came before in a series (``past_values``) is no state at all."""
 USE_CACHE = re.compile(r"use_?cache")
 RATE = re.compile(r"^(sr|fs|sample_?rate|sampling_?rate)$")
 LENGTH = re.compile(r"len(gth)?s?$")

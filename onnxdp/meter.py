@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Meter:
 
     def __init__(self, network: Network, probes: Probes) -> None:
         self.network = network
-        self._probes = probes
+        self._probes = probes = replace(probes, feeds=tuple(map(network.complete, probes.feeds)))
         self._halts = network.halts
         outputs = (*before_softmax(network.proto.graph), *network.outputs)
         names = list(dict.fromkeys((*outputs, *network.decisions.names)))
@@ -95,7 +96,7 @@ class Meter:
         place = self.network.position(weight)
         self._bring(stream, place, before)
         got = (
-            tail.run(place, {**self.network.complete(feed), **stream.state(number)}, changes)
+            tail.run(place, {**feed, **stream.state(number)}, changes)
             for number, feed in enumerate(self._probes.feeds)
         )
         return self._compare(got)[0]

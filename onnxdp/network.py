@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -75,12 +75,10 @@ class Network:
             noise.settle(self.proto)
         self.specification = _without_inputs(self.proto, self.fed)
         self.decisions = decisions.decisions(self.specification)
-        self._selecting: onnx.ModelProto | None = None  # as it selects by itself
+        self._selecting = onnx.ModelProto()  # as it selects by itself, where that is held
         if self.decisions.held:
-            self._selecting = onnx.ModelProto()
             self._selecting.CopyFrom(self.proto)
             decisions.hold(self.proto, self.decisions.held)
-        self._selects: Any = None
         self._selected: dict[bytes, dict[str, Array]] = {}
         self._threads, self._provider = threads, provider
         self.outputs = [o.name for o in self.proto.graph.output]
@@ -117,23 +115,22 @@ class Network:
     def complete(self, feed: Mapping[str, Array]) -> Mapping[str, Array]:
         """Return a feed with what the network selects, by its own weights, where that is held."""
         held = self.decisions.held
-        if self._selecting is None or decisions.given(held[0]) in feed:
+        if not held or decisions.given(held[0]) in feed:
             return feed
         digest = hashlib.blake2b()
         for name in sorted(feed):
             digest.update(np.ascontiguousarray(feed[name]).tobytes())
         key = digest.digest()
         if key not in self._selected:
-            made = runtime.run(self._selector(self._selecting), {**self.fed, **feed}, held)
+            made = runtime.run(self._selector, {**self.fed, **feed}, held)
             self._selected[key] = {decisions.given(n): x for n, x in made.items()}
         return {**feed, **self._selected[key]}
 
-    def _selector(self, proto: onnx.ModelProto) -> Any:
-        """Return the session that selects, made at the first call."""
-        if self._selects is None:
-            _set_outputs(proto.graph, self.decisions.held)
-            self._selects = self._session(proto, self.decisions.held)
-        return self._selects
+    @cached_property
+    def _selector(self) -> Any:
+        """The session that selects."""
+        _set_outputs(self._selecting.graph, self.decisions.held)
+        return self._session(self._selecting, self.decisions.held)
 
     def answers(self) -> Callable[[Mapping[str, Array]], Array] | None:
         """Return a function that gives the scores of the classes, where the network has one such output.

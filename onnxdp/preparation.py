@@ -66,8 +66,9 @@ def probed(network: Network, found: Found, settings: Settings, *, many: bool = F
     """
     specs, positions = runtime.input_specs(network.specification), stats.counting(network, found)
     if settings.inputs is None and settings.calibrate is None:
-        specs = sizes.fitted(specs, positions)
-    found = counted(found, positions(_one(specs, settings)))
+        specs = sizes.fitted(specs, lambda feed: positions(feed, 1))
+    first = _one(specs, settings)
+    found = counted(found, positions(first.feeds[0], first.batch))
     macs = stats.macs(found.weights)
     work, least, most = _MANY if many and macs <= COSTLY else _FEW
     most = min(most, max(_DENSE, _TIMES * max(_needed(w) for w in found.weights)))

@@ -79,10 +79,8 @@ class Rewriter:
         if self.settings.short_names is False:
             return result
         brief = model_file.copy(result)
-        gather, shorten = (
-            GatherConstants(),
-            ShortenNames(result.original_value_info, kept=self.decisions.names),
-        )
+        gather = GatherConstants()
+        shorten = ShortenNames(result.original_value_info, kept=self.decisions.names)
         gather(brief.ir)
         shorten(brief.ir)
         brief.original_value_info = shorten.value_info

@@ -14,7 +14,6 @@ from dataclasses import replace
 from onnxdp import probes
 from onnxdp.errors import ModelError
 from onnxdp.inputs import POSITION, VOCABULARY, Dim, InputSpec, Layout
-from onnxdp.probes import Probes
 from onnxdp.records import Array
 
 SIDES = (224, 256, 384, 288, 320, 336, 448, 512, 518, 640, 768, 800, 1024, 192, 160, 128, 112, 96, 64, 48, 32)
@@ -28,7 +27,7 @@ _TIMES = (2, 4, 8, 16, 32)
 _CONTEXTS = (96, 128, 336, 512, 1024)
 """... and what forecasts takes so many steps."""
 
-Runs = Callable[[Probes], object]
+Runs = Callable[[Mapping[str, Array]], object]
 
 
 def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
@@ -40,7 +39,7 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
     ----------
     specs : sequence of InputSpec
     runs : callable
-        Runs the network on one sample; raises ModelError where it cannot.
+        Runs the network on a feed of one sample; raises ModelError where it cannot.
 
     Raises
     ------
@@ -51,9 +50,8 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
         return list(specs)
 
     def failure(some: Sequence[InputSpec]) -> ModelError | None:
-        one = probes.make(some, samples=1, seed=0, batch=1)
         try:
-            runs(replace(one, feeds=(_extreme(some, one.feeds[0]),)))
+            runs(_extreme(some, probes.make(some, samples=1, seed=0, batch=1).feeds[0]))
         except ModelError as e:
             return e
         return None
@@ -81,11 +79,12 @@ def fitted(specs: Sequence[InputSpec], runs: Runs) -> list[InputSpec]:
 
 def _extreme(specs: Sequence[InputSpec], feed: Mapping[str, Array]) -> Mapping[str, Array]:
     """Return a feed whose texts hold the largest id that any may."""
-    made = {s.name: feed[s.name].copy() for s in specs if s.kind == "ids" and feed[s.name].any()}
+    made = dict(feed)
     for spec in specs:
-        if spec.name in made and not POSITION.search(spec.name.lower()):
+        if spec.kind == "ids" and feed[spec.name].any() and not POSITION.search(spec.name.lower()):
+            made[spec.name] = feed[spec.name].copy()
             made[spec.name].flat[0] = (spec.vocabulary or VOCABULARY) - 1
-    return {**feed, **made}
+    return made
 
 
 def _place(told: ModelError) -> str:
@@ -131,8 +130,8 @@ def _free(spec: InputSpec, layout: Layout) -> list[int]:
 
 
 def _sided(spec: InputSpec, layout: Layout, side: int) -> InputSpec:
-    free = _free(spec, layout)
-    return replace(spec, shape=tuple(side if i in free else d for i, d in enumerate(spec.shape)))
+    axes = _free(spec, layout)
+    return replace(spec, shape=tuple(side if i in axes else d for i, d in enumerate(spec.shape)))
 
 
 def _settled(spec: InputSpec, source: InputSpec, axis: int, size: int) -> InputSpec:

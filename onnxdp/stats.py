@@ -16,7 +16,6 @@ import onnx_ir as ir
 
 from onnxdp.network import Network, bias_input
 from onnxdp.pieces import Stream
-from onnxdp.probes import Probes
 from onnxdp.records import Array, Weight
 from onnxdp.weights import Found, Reader, can_centre, constant
 
@@ -159,8 +158,8 @@ def _sampled(
     return rows, np.concatenate(alike, axis=1) if len(alike) == len(shown) else None
 
 
-def counting(network: Network, found: Found) -> Callable[[Probes], dict[str, int]]:
-    """Return what counts the output positions of one sample of the first feed that each weight multiplies.
+def counting(network: Network, found: Found) -> Callable[[Mapping[str, Array], int], dict[str, int]]:
+    """Return what counts, of a feed of so many samples, the output positions of one that weights multiply.
 
     Weights that nothing is seen to feed are absent.
     """
@@ -168,10 +167,10 @@ def counting(network: Network, found: Found) -> Callable[[Probes], dict[str, int
     wanted = sorted({t.source for group in taps.values() for t in group})
     session = network.session(wanted or network.outputs)
 
-    def positions(probes: Probes) -> dict[str, int]:
-        outputs = network.run(session, probes.feeds[0], wanted or network.outputs, {})
+    def positions(feed: Mapping[str, Array], samples: int) -> dict[str, int]:
+        outputs = network.run(session, feed, wanted or network.outputs, {})
         return {
-            w.name: sum(t.count(w, outputs[t.source].shape) for t in taps[w.name]) // probes.batch
+            w.name: sum(t.count(w, outputs[t.source].shape) for t in taps[w.name]) // samples
             for w in found.weights
             if taps[w.name]
         }

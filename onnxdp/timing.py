@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def _feed(file: Path, session: Any, inputs: Path | None, seed: int) -> Mapping[s
     specs = runtime.input_specs(onnx.load(file, load_external_data=False))
     if inputs is not None:
         return probes.load(inputs, specs).rebatch(1).feeds[0]
-    fitted = sizes.fitted(specs, lambda one: runtime.run(session, one.feeds[0]))
+    fitted = sizes.fitted(specs, partial(runtime.run, session))
     return probes.make(fitted, samples=1, seed=seed, batch=1).feeds[0]
 
 

@@ -98,19 +98,19 @@ def compare(a: Reference, b: Any, probes: Probes, *, tolerance: float | None = N
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance is a relative error of 0 or more, not {tolerance:g}; try 0.03.")
     given = {o.name: o for o in b.get_outputs()}
-    told = {decisions.given(n): n for n in a.decisions.held}
-    takes = [i for i in b.get_inputs() if i.name not in told]
-    _same_interface(a, takes, [o for n, o in given.items() if n not in a.decisions.names])
-    told = {i.name: told[i.name] for i in b.get_inputs() if i.name in told}
+    takes = {i.name: i for i in b.get_inputs()}
+    told = {i: n for n in a.decisions.held if (i := decisions.given(n)) in takes}
+    own = [i for n, i in takes.items() if n not in told]
+    _same_interface(a, own, [o for n, o in given.items() if n not in a.decisions.names])
     tallies = {n: _Tally() for n in a.answers[0] if n in given}
     for feed, left in zip(probes.feeds, a.answers, strict=True):
-        right = runtime.run(b, {**feed, **{name: left[n] for name, n in told.items()}})
+        right = runtime.run(b, {**feed, **{i: left[n] for i, n in told.items()}})
         for name in tallies:
             tallies[name].add(left[name], right[name])
     shown: dict[str, None] = {}
-    for own in (o.name for o in a.outputs):
-        instead = decisions.replaced(own, a.decisions, a.answers, unlike=tallies[own].unlike)
-        shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (own,))
+    for name in (o.name for o in a.outputs):
+        instead = decisions.replaced(name, a.decisions, a.answers, unlike=tallies[name].unlike)
+        shown |= dict.fromkeys(instead if tallies.keys() >= set(instead) else (name,))
     found = {n: t.result(n) for n, t in tallies.items() if t.seen}
     if all(found[n].relative <= _ALIKE for n in shown if n in found):  # then they have to decide alike, too
         shown |= {n: None for n in found if not found[n].relative <= _ALIKE}

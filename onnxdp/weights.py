@@ -47,6 +47,9 @@ _THROUGH = frozenset(
 _MATRIX = {"Conv": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
 """Operators whose input at these places is a matrix that dictionary pairs can rebuild."""
 
+TABLES = ("Add", "Sub")
+"""Operators that take, every time, all of a table with a row for each place: positions, a mean picture."""
+
 _STORED = {
     "ConvTranspose": (1,),
     "LSTM": (1, 2),
@@ -54,14 +57,11 @@ _STORED = {
     "RNN": (1, 2),
     "Gather": (0,),
     "Einsum": (0, 1),
-    "Add": (0, 1),
-    "Sub": (0, 1),
+    **dict.fromkeys(TABLES, (0, 1)),
 }
 """Operators that hold trained weights in another shape: they may change their storage type only."""
 
 
-TABLES = ("Add", "Sub")
-"""Operators that take, every time, all of a table with a row for each place: positions, a mean picture."""
 _TABLE = 4096
 """Numbers of a table at least."""
 _GRID = 4

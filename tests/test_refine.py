@@ -98,7 +98,7 @@ def test_what_is_kept_of_the_original_is_what_a_run_gives(job):
 
 def test_the_last_weights_are_kept_that_there_is_room_for(job):
     shop, network, fit, _ = job
-    places = stats.counting(network, shop.found)(fit)
+    places = stats.counting(network, shop.found)(fit.feeds[0], fit.batch)
     order = [
         replace(spot, weight=replace(spot.weight, positions=places[spot.weight.name]))
         for spot in looks.spots(shop, network, shop.weights)

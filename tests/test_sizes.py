@@ -108,9 +108,9 @@ def refusing(wanted, said):
     """Return what runs, or does not, and the sizes that it was asked for."""
     asked = []
 
-    def runs(one):
-        asked.append({n: x.shape for n, x in one.feeds[0].items()})
-        if not wanted(one.feeds[0]):
+    def runs(feed):
+        asked.append({n: x.shape for n, x in feed.items()})
+        if not wanted(feed):
             raise ModelError(f"ONNX Runtime cannot run it (Name:'/layer.7/Add_3' Status Message: {said})")
 
     return runs, asked
@@ -154,8 +154,8 @@ def test_two_sizes_are_settled_one_after_the_other():
         InputSpec("pixel_values", "float32", ("pictures", 3, "height", "width")),
     ]
 
-    def runs(one):
-        shapes = {n: x.shape for n, x in one.feeds[0].items()}
+    def runs(feed):
+        shapes = {n: x.shape for n, x in feed.items()}
         for node, wrong, said in (
             ("a", shapes["pixel_values"][2] != 256, "50 by 65"),
             ("b", shapes["input_ids"][1] > 16, f"16 by {shapes['input_ids'][1]}"),

@@ -145,5 +145,5 @@ def test_positions_are_counted_over_all_readers():
     held, found = rewriting.find(proto)
     with mock.patch.object(weights, "MIN_BYTES", 1):
         network = Network(held, found)
-    counted = stats.counting(network, found)(Probes(({"x": draw(rng, 3, 4, 9, 9)},), 3, None, "x"))
+    counted = stats.counting(network, found)({"x": draw(rng, 3, 4, 9, 9)}, 3)
     assert counted == {"W": 4 * 4 + 9 * 9, "V": 1}

@@ -13,7 +13,9 @@ _BLOCK = 64
 """Rows of a column, at most, that share a step where there are several: a quarter of a bit a number."""
 _BLOCKED = 255
 """Levels from which there are: the largest number of a whole column would cost a bit or two of eight."""
-_PER_ROW = {"Gather": (0,), "ConvTranspose": (1,), "LSTM": (0, 1), "GRU": (0, 1), "RNN": (0, 1)}
+_PER_ROW = {"Gather": (0,), "ConvTranspose": (1,), "LSTM": (0, 1), "GRU": (0, 1), "RNN": (0, 1)} | (
+    dict.fromkeys(weights.TABLES, (-1,))  # channels differ in size, as sines of positions do
+)
 """Axes along which weights that are no matrix of one product have steps of their own; the first elsewhere."""
 
 
@@ -25,8 +27,7 @@ def is_matrix(weight: Weight) -> bool:
 def _axes(weight: Weight) -> tuple[int, ...]:
     """Return the axes along which a weight that is no matrix has steps of its own."""
     axes = _PER_ROW.get(weight.op, (0,))
-    if weight.op in weights.TABLES:  # channels differ in size, as sines of positions do
-        axes = (len(weight.shape) - 1,)
+    axes = tuple(a % len(weight.shape) for a in axes)
     return axes if len(weight.shape) > len(axes) else ()
 
 
